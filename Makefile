@@ -1,0 +1,48 @@
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+# One thread per worker: JOBS workers that each start a thread per core would only fight for them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install, unless it is up to date
+
+# torch goes first and alone: resolved together with the rest, its open range could fetch a CUDA build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "constraints.txt pins releases that need Python 3.11 or later, but .venv has $$($(BIN)/python -V); remove .venv and run: make setup PYTHON=python3.11" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## train, convert and audit a small model; the report lands in out/demo
+	$(BIN)/equipoise demo --output out/demo
+
+test: setup ## the fast tests
+	$(PYTEST)
+
+test-slow: setup ## the slow tests; finding none is an error
+	@$(PYTEST) -m slow; status=$$?; \
+	if [ $$status -eq 5 ]; then echo "no test carries the slow marker: the slow suite is gone, or collection is broken" >&2; fi; \
+	exit $$status
+
+lint: setup ## ruff, pyright and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code the way lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove outputs and caches, keep .venv
+	rm -rf out build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

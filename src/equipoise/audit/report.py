@@ -1,0 +1,379 @@
+"""The audit as one value: `AuditReport` -> `audit.json`, `audit.md`, `audit.html`.
+
+`audit.json` is the machine-readable form; its layout is fixed by `audit.schema.json` (JSON Schema, draft
+2020-12). Measured likelihoods must be finite and anything else is an error; derived figures that are
+undefined (a share of a hybrid that does not beat no attention) are null, value and interval bounds
+separately. NaN never reaches the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from equipoise.audit.attribution import (
+    DONOR,
+    INTERVAL,
+    READINGS,
+    BranchAttribution,
+    Draws,
+    Estimate,
+    Reading,
+    ScoreTable,
+    attribute,
+    bootstrap,
+    difference,
+    recovered,
+    score,
+)
+from equipoise.audit.render import console_table, render_html, render_markdown
+from equipoise.audit.schema import SCHEMA_VERSION, Json, audit_schema, validate_audit
+from equipoise.audit.verdict import Thresholds, Verdict, gather, judge
+
+__all__ = [
+    "CONTROL",
+    "SCHEMA_VERSION",
+    "AuditReport",
+    "Control",
+    "ControlSetting",
+    "Donor",
+    "Layers",
+    "Metric",
+    "RunAudit",
+    "RunFacts",
+    "audit_run",
+    "audit_schema",
+    "console_table",
+    "to_dict",
+    "to_json",
+    "validate_audit",
+    "write_atomically",
+    "write_audit",
+]
+
+CONTROL = "swa_sinks_equal_bytes"
+
+
+def _installed_version() -> str:
+    try:
+        return metadata.version("equipoise")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What was measured, on what.
+
+    Attributes:
+        documents, tokens: how much was scored; documents are the clusters of the bootstrap.
+        context_length: tokens of context at most.
+        bootstrap_resamples: resamples behind every interval.
+        data: the text, in words: name, split, revision.
+    """
+
+    documents: int
+    tokens: int
+    context_length: int
+    bootstrap_resamples: int
+    data: str
+    name: str = "nll"
+    unit: str = "nats/token"
+
+    @classmethod
+    def of(cls, table: ScoreTable, *, context_length: int, data: str, resamples: int = 2000) -> Metric:
+        """The metric of a score table."""
+        return cls(
+            name=table.metric,
+            unit=table.unit,
+            documents=table.documents,
+            tokens=round(float(table.weights.sum())),
+            context_length=context_length,
+            bootstrap_resamples=resamples,
+            data=data,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Donor:
+    """The softmax model that was converted; `nll` in nats per token, `extra` for revision and the like."""
+
+    name: str
+    nll: Estimate
+    extra: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: ScoreTable, *, name: str, resamples: int = 2000, seed: int = 0) -> Donor:
+        """The donor's likelihood in a score table, with the same resampling as `audit_run`."""
+        return cls(name=name, nll=-score(bootstrap(table, resamples=resamples, seed=seed), DONOR))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSetting:
+    """The bar to beat: the untrained donor with a sliding window and sinks, at the hybrid's state bytes.
+
+    `window` and `sinks` in tokens, `state_bytes` per sequence, `state` its name in the score table.
+    """
+
+    window: int
+    sinks: int
+    state_bytes: int
+    state: str = CONTROL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A measured control on the audit's own text.
+
+    `nll` in nats per token; `difference` is v(both) - v(control) in nats per token, paired by document,
+    positive where the hybrid is better.
+    """
+
+    setting: ControlSetting
+    nll: Estimate
+    recovered: Estimate
+    difference: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """Layer numbers by what they run: `converted` hybrids, `local` layers left alone, full `softmax`."""
+
+    converted: tuple[int, ...] = ()
+    local: tuple[int, ...] = ()
+    softmax: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What is known about a run without scoring it.
+
+    Attributes:
+        state_bytes: constant decode state per sequence, in bytes: window K and V, sinks, S and z of all
+            layers.
+        reach: tokens that stacked windows can relay information over; None where it is unlimited.
+        train_tokens, train_seconds: what the conversion cost.
+        layers: which layers were converted.
+    """
+
+    state_bytes: int
+    reach: int | None
+    train_tokens: int
+    train_seconds: float
+    layers: Layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunAudit:
+    """One converted model: likelihood and recovered performance per branch state, attribution, verdict."""
+
+    recipe: str
+    seed: int
+    states: Mapping[str, Estimate]
+    recovered: Mapping[str, Estimate]
+    attribution: Mapping[Reading, BranchAttribution]
+    verdict: Verdict
+    facts: RunFacts
+    control: Control | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditReport:
+    """One donor, its conversions, what they were measured on. `thresholds` must be those of the verdicts."""
+
+    donor: Donor
+    metric: Metric
+    runs: Sequence[RunAudit]
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    equipoise_version: str = field(default_factory=_installed_version)
+
+
+def audit_run(
+    table: ScoreTable,
+    *,
+    recipe: str,
+    seed: int,
+    has_window: bool,
+    has_linear: bool,
+    facts: RunFacts,
+    control: ControlSetting | None = None,
+    benefit_difference: Estimate | None = None,
+    benefit_reason: str | None = None,
+    thresholds: Thresholds | None = None,
+    resamples: int = 2000,
+    bootstrap_seed: int = 0,
+) -> RunAudit:
+    """Audit one run from its per-document sums.
+
+    Args:
+        table: likelihoods of every branch state (`ScoreTable.from_nll`).
+        recipe, seed: what identifies the run.
+        has_window, has_linear: which branches the model has at all.
+        facts: state bytes, reach, cost, layers.
+        control: the equal-bytes control, where its state is in the table.
+        benefit_difference: paired difference from the control on items beyond both reaches, positive where
+            the hybrid is better; None, with a `benefit_reason`, where none was measured.
+        thresholds: None for the defaults.
+        resamples, bootstrap_seed: of the bootstrap.
+
+    Raises:
+        ValueError: a metric other than `nll`, or a benefit given both or neither way.
+        KeyError: a control whose state is not in the table.
+    """
+    if table.metric != "nll":
+        raise ValueError(
+            f"expected a table of metric 'nll', got {table.metric!r}; audit reports hold likelihoods"
+        )
+    draws = bootstrap(table, resamples=resamples, seed=bootstrap_seed)
+    states = [state for state in table.sums if state != DONOR]
+    verdict = judge(
+        gather(draws, control=None if control is None else control.state),
+        has_window=has_window,
+        has_linear=has_linear,
+        benefit_difference=benefit_difference,
+        benefit_reason=benefit_reason,
+        thresholds=thresholds,
+    )
+    return RunAudit(
+        recipe=recipe,
+        seed=seed,
+        states=MappingProxyType({state: -score(draws, state) for state in states}),
+        recovered=MappingProxyType({state: recovered(draws, state) for state in states}),
+        attribution=MappingProxyType({reading: attribute(draws, reading) for reading in READINGS}),
+        verdict=verdict,
+        facts=facts,
+        control=None if control is None else _measure_control(draws, control),
+    )
+
+
+def to_dict(report: AuditReport) -> Json:
+    """The report in the layout of `audit.schema.json`.
+
+    Raises:
+        ValueError: a likelihood that is not finite, no runs, or an extra donor field that hides a fixed one.
+    """
+    if not report.runs:
+        raise ValueError(
+            "expected at least one run, got none; an audit without a converted model says nothing"
+        )
+    fixed = {"name": report.donor.name, **_measured(report.donor.nll, "the donor")}
+    hidden = sorted(fixed.keys() & report.donor.extra.keys())
+    if hidden:
+        raise ValueError(f"expected new names in the donor's extra fields, got {hidden}; rename them")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "equipoise_version": report.equipoise_version,
+        "donor": {**fixed, **report.donor.extra},
+        "metric": {**_plain(report.metric), "interval": INTERVAL},
+        "runs": [_run_dict(run) for run in report.runs],
+    }
+
+
+def to_json(report: AuditReport) -> str:
+    """`audit.json`'s text: indented, UTF-8, no NaN."""
+    return json.dumps(to_dict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_audit(report: AuditReport, directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write `audit.json`, `audit.md` and `audit.html` into `directory`, creating it; returns their paths by
+    suffix.
+
+    All three are rendered before the first is written, and each replaces its predecessor atomically.
+    """
+    texts = {"json": to_json(report), "md": render_markdown(report), "html": render_html(report)}
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {suffix: folder / f"audit.{suffix}" for suffix in texts}
+    for suffix, text in texts.items():
+        write_atomically(paths[suffix], text)
+    return paths
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) at once: readers see the old file or the new one, never a part.
+
+    The temporary file lies in the same directory, since only a rename within one file system is atomic. It is
+    created with the process's umask (tempfile's 0600 would make reports unreadable to others) and removed on
+    any failure.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _measure_control(draws: Draws, setting: ControlSetting) -> Control:
+    return Control(
+        setting=setting,
+        nll=-score(draws, setting.state),
+        recovered=recovered(draws, setting.state),
+        difference=difference(draws, "both", setting.state),
+    )
+
+
+def _run_dict(run: RunAudit) -> Json:
+    name = f"{run.recipe} (seed {run.seed})"
+    return {
+        "recipe": run.recipe,
+        "seed": run.seed,
+        "states": {state: _measured(nll, f"state {state!r} of {name}") for state, nll in run.states.items()},
+        "recovered": {state: _derived(value) for state, value in run.recovered.items()},
+        "attribution": {
+            reading: {part: _derived(value) for part, value in _plain(values).items()}
+            for reading, values in run.attribution.items()
+        },
+        "verdict": _plain(run.verdict),
+        "control": None if run.control is None else _control_dict(run.control, name),
+        "state_bytes": run.facts.state_bytes,
+        "reach": run.facts.reach,
+        "train_tokens": run.facts.train_tokens,
+        "train_seconds": run.facts.train_seconds,
+        "layers": {kind: list(layers) for kind, layers in _plain(run.facts.layers).items()},
+    }
+
+
+def _control_dict(control: Control, name: str) -> Json:
+    return {
+        "window": control.setting.window,
+        "sinks": control.setting.sinks,
+        "state_bytes": control.setting.state_bytes,
+        **_measured(control.nll, f"the control of {name}"),
+        "recovered": _derived(control.recovered),
+        "difference": _derived(control.difference),
+    }
+
+
+def _plain(record: Any) -> Json:
+    """A dataclass's fields, one level deep."""
+    return {part.name: getattr(record, part.name) for part in fields(record)}
+
+
+def _measured(nll: Estimate, what: str) -> Json:
+    if not nll.defined:
+        raise ValueError(
+            f"expected a finite NLL with a finite interval for {what}, got {nll.value} {list(nll.ci95)}; the "
+            "model diverges there: evaluate in float32, and check the training run"
+        )
+    return {"nll": nll.value, "ci95": list(nll.ci95)}
+
+
+def _derived(value: Estimate) -> Json:
+    return {"value": _or_null(value.value), "ci95": [_or_null(bound) for bound in value.ci95]}
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,308 @@
+"""Settings: frozen, keyword-only, checked when made; read from and written to plain dictionaries and YAML.
+
+A recipe is a `RunConfig`. Every field's meaning stands under it and is what the command line shows.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from equipoise.registry import unknown_name
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message says which, what was expected and what came."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, no unknown fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+
+def _explain(owner: type[BaseModel], error: ValidationError) -> str:
+    """One line a mistake, with the nearest known field where the name is wrong."""
+    lines: list[str] = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        where = ".".join(path) or owner.__name__
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: {unknown_name('setting', path[-1], _fields_at(owner, path[:-1]))}")
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}; got {item.get('input')!r}.")
+    return "\n".join(lines)
+
+
+def _fields_at(owner: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields a nested model has."""
+    fields = owner.model_fields
+    for part in path:
+        inner = [a for a in _alternatives(fields[part].annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return []
+        fields = inner[0].model_fields
+    return list(fields)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", (annotation,))
+
+
+class HybridConfig(Settings):
+    """What a converted layer computes."""
+
+    window: int | None = Field(default=64, ge=1)
+    """w, the number of last tokens the softmax branch sees; null for no window branch."""
+    layout: Literal["sliding", "terraced"] = "sliding"
+    """sliding: keys i-w+1..i; terraced: the own block of w tokens and the one before."""
+    mixing: str = "convex"
+    """Mixing rule: convex (g SWA + (1-g) LA) or shared (LoLCATs' single denominator)."""
+    gate: Literal["fixed", "per_head"] = "fixed"
+    """Whether the window's weight is a constant or learned, one per query head."""
+    gate_value: float = Field(default=0.5, gt=0, lt=1)
+    """The window's weight g (for shared: gamma), or where it starts when learned."""
+    overlap: bool = True
+    """Whether linear attention also covers the keys in the window."""
+    feature_map: str | None = "hedgehog"
+    """Feature map of the linear branch; null for no linear branch."""
+    feature_multiple: Literal[1, 2, 4] = 2
+    """Feature dimension in multiples of head_dim."""
+    map_heads: Literal["query", "key_value"] = "query"
+    """One key map per query head, or per key/value head (a state H/Hkv times smaller)."""
+    sinks: int = Field(default=0, ge=0)
+    """The first so many tokens join every window."""
+    layers: Literal["global", "all"] | tuple[int, ...] = "global"
+    """Layers to convert: global (those not local already), all, or a list of indices."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HybridConfig:
+        if self.window is None and self.feature_map is None:
+            raise ValueError("window and feature_map are both null: a layer needs at least one branch")
+        if self.window is None and self.sinks:
+            raise ValueError("sinks join the window's softmax; with window null, sinks must be 0")
+        return self
+
+
+class DataConfig(Settings):
+    """Where text comes from and how it is packed."""
+
+    source: str = "stdlib"
+    """A Hub data set's name, a local text or JSONL file or folder, or stdlib (Python's own sources)."""
+    subset: str | None = None
+    """The Hub data set's configuration."""
+    text_column: str | None = None
+    """Column that holds the text; found by name (text, messages, prompt and completion) where null."""
+    context_length: int = Field(default=1024, ge=8)
+    """Tokens per packed row."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Stop reading after so many tokens."""
+
+
+class WindowDropout(Settings):
+    """Scheduled sliding-window dropout (SSD): some training samples run without their window branch."""
+
+    probabilities: tuple[float, ...] = (0.9, 0.75, 0.5)
+    """Probability of dropping, each for an equal share of the steps."""
+    per: Literal["sample", "layer", "head"] = "sample"
+    """What is dropped together."""
+    reading: Literal["literal", "renormalised"] = "renormalised"
+    """How the linear branch reads without its window: at weight 1, or at the weight it has in the hybrid."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WindowDropout:
+        if not self.probabilities or any(not 0 <= p <= 1 for p in self.probabilities):
+            raise ValueError("probabilities must be one or more numbers between 0 and 1")
+        return self
+
+
+class EarlyStopping(Settings):
+    """Stop when the held-out loss has not improved for a while; the best weights are kept."""
+
+    every: int = Field(default=20, ge=1)
+    """Steps between two looks at the held-out loss."""
+    patience: int = Field(default=3, ge=1)
+    """Looks without an improvement before stopping."""
+    min_improvement: float = Field(default=0.0, ge=0)
+    """Smallest fall of the loss (nats per token) that counts."""
+
+
+class Schedule(Settings):
+    """What both stages share: how long, how fast, how much at a time."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training tokens."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of optimiser steps; overrides epochs."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows an optimiser step sees."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows held in memory at once; batch_size where null."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls afterwards."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped at this norm (stage 1: layer by layer)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Schedule:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
+        return self
+
+
+class TransferConfig(Schedule):
+    """Stage 1, attention transfer: the maps (and gates) learn the frozen donor's attention, layer by layer."""
+
+    objectives: dict[str, float] = Field(default_factory=lambda: {"weights": 1.0})
+    """Transfer objectives and their weights in the sum: weights, output, hybrid-output."""
+    learning_rate: float = Field(default=1e-2, gt=0)
+    """Peak learning rate of AdamW."""
+
+    @model_validator(mode="after")
+    def _some(self) -> TransferConfig:
+        if not self.objectives:
+            raise ValueError("objectives must name at least one objective")
+        return self
+
+
+class FinetuneConfig(Schedule):
+    """Stage 2, LoRA fine-tuning on the next token with the hybrid active."""
+
+    rank: int = Field(default=8, ge=1)
+    """LoRA rank."""
+    alpha: float = Field(default=16, gt=0)
+    """LoRA alpha."""
+    targets: tuple[str, ...] | None = None
+    """Modules that get LoRA; the attention projections where null."""
+    train_maps: bool = False
+    """Whether feature maps and gates go on learning."""
+    map_learning_rate: float | None = Field(default=None, gt=0)
+    """Their learning rate; learning_rate where null."""
+    window_dropout: WindowDropout | None = None
+    """Scheduled sliding-window dropout; null for none."""
+    window_sizes: tuple[int, ...] | None = None
+    """Window sizes to train with, each for an equal share of the steps; the last must be the model's own window."""
+    early_stopping: EarlyStopping | None = None
+    """Stop on the held-out loss; null for never."""
+
+
+class RunConfig(Settings):
+    """A recipe: what to convert to and how to train it."""
+
+    name: str
+    """What the recipe is called."""
+    summary: str = ""
+    """What it does, in a sentence."""
+    reference: str = ""
+    """Where it was published."""
+    hybrid: HybridConfig | None = Field(default_factory=HybridConfig)
+    """The converted layers; null leaves the donor's softmax attention."""
+    transfer: TransferConfig | None = None
+    """Stage 1; null skips it."""
+    finetune: FinetuneConfig | None = None
+    """Stage 2; null skips it."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """What it trains on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.transfer is not None and (self.hybrid is None or self.hybrid.feature_map is None):
+            raise ValueError("transfer trains feature maps; it needs a hybrid with a linear branch")
+        tuned = self.finetune
+        if tuned is None:
+            return self
+        window = self.hybrid.window if self.hybrid is not None else None
+        two_branches = self.hybrid is not None and window is not None and self.hybrid.feature_map is not None
+        if tuned.window_dropout is not None and not two_branches:
+            raise ValueError("window_dropout needs a hybrid with both branches")
+        if tuned.window_sizes is not None and (window is None or tuned.window_sizes[-1:] != (window,)):
+            raise ValueError(f"window_sizes must end with the hybrid's window, {window}")
+        return self
+
+
+def parse(kind: type[SettingsT], values: object) -> SettingsT:
+    """Make settings from a plain mapping.
+
+    Raises:
+        ConfigError: not a mapping, an unknown field, a wrong type or value.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected a mapping of settings for {kind.__name__}, got {type(values).__name__}.")
+    return kind(**{str(key): value for key, value in values.items()})
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged; where both have a value the override's counts, null included."""
+    merged = dict(base)
+    for key, value in override.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """``["finetune.rank=16"]`` -> ``{"finetune": {"rank": 16}}``; values are YAML.
+
+    Raises:
+        ConfigError: not of the form key=value, or not YAML.
+    """
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"expected key=value, for instance finetune.rank=16, got {assignment!r}.")
+        try:
+            value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{assignment!r}: the value is not YAML: {error}") from None
+        branch: dict[str, Any] = {}
+        leaf = branch
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            leaf = leaf.setdefault(parent, {})
+        leaf[last] = value
+        tree = merge(tree, branch)
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people and recipes mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_yaml(text: str, *, source: str) -> dict[str, Any]:
+    """Read a mapping from YAML.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping; names ``source``.
+    """
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a mapping of settings, got {type(values).__name__}.")
+    return values

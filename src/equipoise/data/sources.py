@@ -1,0 +1,399 @@
+"""Where documents come from: the standard library's own sources, local files, or a Hub data set.
+
+Whatever the source, the result is a `datasets.Dataset` in one of four layouts (`LAYOUTS`), which
+`equipoise.data.encoding` turns into tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import datasets
+from datasets import Dataset
+
+DocumentLayout = Literal["messages", "completion", "instruction", "text"]
+Record: TypeAlias = Mapping[str, Any]
+
+LAYOUTS: Mapping[DocumentLayout, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+"""Columns that each layout needs. Structured layouts come first: a table that carries both a chat
+and its rendered text says more about which tokens are responses through the chat. `instruction`
+(Alpaca) may also have an `input` column."""
+
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".text", ".py"})
+JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
+HELD_OUT_ONE_IN = 20
+
+_STDLIB_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib2to3", "idlelib"}
+    | {"pydoc_data", "encodings", "ensurepip"}
+)
+_STDLIB_ORDER_SEED = 0
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message says what was expected, what came, and the fix."""
+
+
+def load_documents(
+    source: str,
+    *,
+    split: str = "train",
+    text_column: str | None = None,
+    subset: str | None = None,
+    limit: int | None = None,
+    held_out: bool = True,
+) -> Dataset:
+    """Load the documents of one split, without empty ones, in an order that is always the same.
+
+    Args:
+        source: `"stdlib"`, the path of a local file or directory, or the name of a Hub data set.
+            A text file is one document; `.jsonl` and `.json` files hold one per record.
+        split: `"train"` or `"validation"`. A Hub data set's own split names, and slices such as
+            `"train[:1%]"`, work too.
+        text_column: the column to read as text; by default the layout is recognised.
+        subset: a Hub data set's configuration name.
+        limit: keep at most this many documents.
+        held_out: a source without a validation split holds out about 5% of its documents by a
+            hash of their content: `"train"` then omits what `"validation"` returns. False uses
+            every document for either split, for callers who have a separate validation file.
+
+    Raises:
+        DataError: the source is missing, unreadable, malformed or has no usable document.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"expected a document limit of at least 1, got {limit}; omit it for all")
+    if source == "stdlib":
+        documents = _to_dataset(_stdlib_records(split), layout="text")
+    elif _is_local(source):
+        documents = _load_local(Path(source).expanduser(), text_column)
+        documents = _held_out_split(documents, split, source) if held_out else documents
+    else:
+        documents = _load_hub(source, split, text_column, subset, held_out)
+    if len(documents) == 0:
+        raise DataError(
+            f"expected at least one document with text in split {split!r} of {source!r}, got none; "
+            "check that the text column is the right one and is not empty"
+        )
+    return documents if limit is None else documents.select(range(min(limit, len(documents))))
+
+
+def layout_of(columns: Iterable[str]) -> DocumentLayout:
+    """Return the layout that a table with these columns has.
+
+    Raises:
+        DataError: no layout fits; the message lists the columns found.
+    """
+    found = sorted(columns)
+    for layout, needed in LAYOUTS.items():
+        if set(needed) <= set(found):
+            return layout
+    expected = "; ".join(" + ".join(needed) for needed in LAYOUTS.values())
+    raise DataError(
+        f"expected columns of one of these layouts: {expected}; got {found}; rename a column or "
+        "name the one to read with text_column"
+    )
+
+
+# --- the standard library -------------------------------------------------------------------
+
+
+def stdlib_files(split: str = "train") -> list[tuple[str, Path]]:
+    """Return (relative path, path) of the standard library's sources in one split, shuffled.
+
+    About one file in 20 is in `"validation"`, by a hash of its relative path, so that the same file
+    is held out whatever the machine. Tests, codecs tables and bundled tools are left out.
+
+    Raises:
+        DataError: the split is neither `"train"` nor `"validation"`.
+    """
+    _check_split(split, "stdlib")
+    root = Path(sysconfig.get_path("stdlib"))
+    files: list[tuple[str, Path]] = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if any(part in _STDLIB_SKIPPED or part.startswith("config-3") for part in relative.parts):
+            continue
+        digest = hashlib.md5(relative.as_posix().encode(), usedforsecurity=False).hexdigest()
+        if (int(digest, 16) % HELD_OUT_ONE_IN == 0) == (split == "validation"):
+            files.append((relative.as_posix(), path))
+    random.Random(_STDLIB_ORDER_SEED).shuffle(files)
+    return files
+
+
+def _stdlib_records(split: str) -> Iterator[Record]:
+    for _, path in stdlib_files(split):
+        try:
+            yield {"text": path.read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError):
+            continue  # a few sources declare another encoding on purpose; they are not a user's
+
+
+# --- local files ----------------------------------------------------------------------------
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source is meant as a path: it exists, or no Hub name could look like it."""
+    path = Path(source).expanduser()
+    looks_like_path = (
+        source.startswith((".", "/", "~"))
+        or "\\" in source
+        or source.count("/") > 1
+        or path.suffix.lower() in TEXT_SUFFIXES | JSON_SUFFIXES
+    )
+    return looks_like_path or path.exists()
+
+
+def _load_local(path: Path, text_column: str | None) -> Dataset:
+    if not path.exists():
+        raise DataError(
+            f"expected a file or directory at {str(path)!r}, got none; check the path (it is "
+            f"relative to {str(Path.cwd())!r}), or give 'stdlib' or the name of a Hub data set"
+        )
+    located = [item for file in _files_of(path) for item in _read_file(file)]
+    columns = {name for _, record in located for name in record}
+    layout = _choose_layout(columns, text_column)
+    records: list[Record] = []
+    for where, record in located:
+        row = _project(record, layout, text_column)
+        problem = _problem(row, layout)
+        if problem is not None:
+            raise DataError(f"{where}: {problem}")
+        records.append(row)
+    return _to_dataset(records, layout)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise DataError(f"expected text in {str(path)!r}, got an empty file; give another file")
+        return [path]
+    wanted = TEXT_SUFFIXES | JSON_SUFFIXES
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and file.suffix.lower() in wanted
+        and file.stat().st_size > 0
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise DataError(
+            f"expected non-empty files ending in {sorted(wanted)} under {str(path)!r}, got none; "
+            "add such files or give the path of one file"
+        )
+    return files
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Record]]:
+    """Yield (where it stands, record) for each record of a file; a text file is one record."""
+    text = _read_text(path)
+    if path.suffix.lower() not in JSON_SUFFIXES:
+        yield str(path), {"text": text}
+        return
+    if path.suffix.lower() == ".json":
+        try:
+            whole: Any = json.loads(text)
+        except json.JSONDecodeError:
+            whole = None  # many .json files are JSON lines; the line reader names a broken line
+        if isinstance(whole, list):
+            for index, item in enumerate(cast("list[Any]", whole)):
+                yield _as_record(f"{path}, record {index}", item)
+            return
+    yield from _read_json_lines(path, text)
+
+
+def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Record]]:
+    # Not splitlines(): JSON strings may hold U+2028 and the like, which are no line ends here.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"expected one JSON object per line in {str(path)!r} (or, in a .json file, one "
+                f"list), got a line {number} that does not parse ({error}); fix or delete that line"
+            ) from error
+        yield _as_record(f"{path}, line {number}", item)
+
+
+def _as_record(where: str, item: object) -> tuple[str, Record]:
+    if not isinstance(item, dict):
+        raise DataError(
+            f'{where}: expected a JSON object such as {{"text": "…"}}, got a '
+            f"{type(item).__name__}; wrap the value in an object"
+        )
+    return where, cast("Record", item)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"expected a readable file, got {error}; check its permissions") from error
+    hint = "convert it to UTF-8 text or JSON lines"
+    if b"\x00" in raw:
+        raise DataError(f"expected UTF-8 text in {str(path)!r}, got binary data (NUL bytes); {hint}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"expected UTF-8 text in {str(path)!r}, got bytes that are not ({error}); {hint}"
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+# --- the Hub --------------------------------------------------------------------------------
+
+
+def _load_hub(name: str, split: str, text_column: str | None, subset: str | None, held_out: bool) -> Dataset:
+    try:
+        found = datasets.load_dataset(name, subset)
+        without_validation = held_out and "train" in found and "validation" not in found
+        divide = without_validation and split in ("train", "validation")
+        if divide or split in found:
+            documents = found["train" if divide else split]
+        elif "[" in split or "+" in split:  # a slice or a sum of splits
+            documents = datasets.load_dataset(name, subset, split=split)
+        else:
+            raise ValueError(f"no split {split!r} among {sorted(map(str, found))}")
+    except (OSError, ValueError, TypeError) as error:
+        # OSError covers no network, offline mode and an unknown name; ValueError a wrong split.
+        raise DataError(
+            f"expected a Hub data set, got {type(error).__name__} on load_dataset({name!r}, "
+            f"{subset!r}) for split {split!r}: {error}; check the name, subset and split and the "
+            "network, or give a local path or 'stdlib', which need no network"
+        ) from error
+    layout = _choose_layout(documents.column_names, text_column)
+    documents = _project_table(documents, layout, text_column)
+    documents = documents.filter(_keep, fn_kwargs={"layout": layout, "name": name})
+    return _held_out_split(documents, split, name) if divide else documents
+
+
+def _project_table(documents: Dataset, layout: DocumentLayout, text_column: str | None) -> Dataset:
+    if text_column is not None:
+        documents = documents.select_columns([text_column])
+        return documents if text_column == "text" else documents.rename_column(text_column, "text")
+    optional = [c for c in ("input",) if layout == "instruction" and c in documents.column_names]
+    return documents.select_columns([*LAYOUTS[layout], *optional])
+
+
+def _keep(row: Record, layout: DocumentLayout, name: str) -> bool:
+    problem = _problem(row, layout)
+    if problem is not None:
+        raise DataError(f"{name}: {problem}")
+    return not _is_empty(row, layout)
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+def _choose_layout(columns: Iterable[str], text_column: str | None) -> DocumentLayout:
+    if text_column is None:
+        return layout_of(columns)
+    if text_column not in columns:
+        raise DataError(f"expected a column {text_column!r}, got {sorted(columns)}; correct text_column")
+    return "text"
+
+
+def _project(record: Record, layout: DocumentLayout, text_column: str | None) -> Record:
+    """Keep a layout's own columns; a column that the record lacks stays out."""
+    if text_column is not None:
+        return {"text": record[text_column]} if text_column in record else {}
+    row = {name: record[name] for name in LAYOUTS[layout] if name in record}
+    return {**row, "input": record.get("input") or ""} if layout == "instruction" else row
+
+
+def _problem(row: Record, layout: DocumentLayout) -> str | None:
+    """Say what is wrong with a row, or None. A null is empty, not wrong; it is filtered later."""
+    for name in LAYOUTS[layout]:
+        if name not in row:
+            return f"expected a column {name!r}, got {sorted(row)}; add it or remove the record"
+    if layout == "messages":
+        return _messages_problem(row["messages"])
+    for name, value in row.items():
+        if value is not None and not isinstance(value, str):
+            return (
+                f"expected text in column {name!r}, got a {type(value).__name__}; convert it to a "
+                "string (conversations belong in a column 'messages')"
+            )
+    return None
+
+
+def _messages_problem(messages: object) -> str | None:
+    if messages is None:
+        return None
+    shape = 'a list of {"role": "…", "content": "…"}'
+    if not isinstance(messages, list):
+        return f"expected {shape} in 'messages', got a {type(messages).__name__}; convert it"
+    for index, message in enumerate(cast("list[Any]", messages)):
+        if not isinstance(message, dict):
+            return f"expected {shape} in 'messages', got a {type(message).__name__} at {index}"
+        fields = cast("dict[str, Any]", message)
+        for key in ("role", "content"):
+            if not isinstance(fields.get(key), str):
+                return (
+                    f"expected text as {key!r} of message {index}, got {fields.get(key)!r}; only "
+                    "text conversations can be used, so convert or remove it"
+                )
+    return None
+
+
+def _is_empty(row: Record, layout: DocumentLayout) -> bool:
+    if layout == "messages":
+        return not row["messages"]
+    answer = row[LAYOUTS[layout][-1]]  # a completion may follow an empty prompt, not the reverse
+    return answer is None or not answer.strip() or any(row[c] is None for c in LAYOUTS[layout])
+
+
+def _to_dataset(records: Iterable[Record], layout: DocumentLayout) -> Dataset:
+    """Build an in-memory table of the records that are not empty."""
+    kept = [dict(record) for record in records if not _is_empty(record, layout)]
+    try:
+        if not kept:
+            return Dataset.from_dict({name: [] for name in LAYOUTS[layout]})
+        return Dataset.from_list(kept)
+    except (ValueError, TypeError) as error:  # pyarrow's errors, and lone surrogates
+        raise DataError(
+            f"expected records with the same valid types, got {error}; make the columns uniform"
+        ) from error
+
+
+def _check_split(split: str, source: str) -> None:
+    if split not in ("train", "validation"):
+        raise DataError(
+            f"expected split 'train' or 'validation' of {source!r}, got {split!r}; use one of them"
+        )
+
+
+def _held_out_split(documents: Dataset, split: str, source: str) -> Dataset:
+    """Return one side of a split by content: equal documents always fall on the same side."""
+    _check_split(split, source)
+    hashes = [
+        hashlib.md5(json.dumps(row, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+        for row in cast("Iterable[Record]", documents)
+    ]
+    distinct = set(hashes)
+    validation = {h for h in distinct if int(h, 16) % HELD_OUT_ONE_IN == 0}
+    if distinct and (not validation or validation == distinct):
+        validation = {min(distinct)}  # few documents: neither side may end up empty
+    if len(distinct) == 1:
+        if split == "validation":
+            raise DataError(
+                f"expected at least 2 different documents in {source!r} to hold some out, got 1; "
+                "give a separate validation file, or more documents"
+            )
+        validation = set()
+    wanted = split == "validation"
+    return documents.select([i for i, h in enumerate(hashes) if (h in validation) == wanted])

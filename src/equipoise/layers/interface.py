@@ -1,0 +1,190 @@
+"""equipoise in transformers' attention interface: one attention function, one mask function, two hooks.
+
+The attention function is the single path of every converted model: teacher runs, hybrids, ablations, decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+
+from equipoise.layers.cache import CacheError, HybridCache, HybridCacheLayer
+from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.layers.softmax import donor_attention
+
+ATTENTION = "equipoise"
+"""The name under which transformers finds the functions below."""
+
+
+def mixer_of(module: nn.Module) -> HybridMixer | None:
+    """The layer's mixer; by attribute, as PEFT may have wrapped the module around it."""
+    mixer = getattr(module, "hybrid", None)
+    return mixer if isinstance(mixer, HybridMixer) else None
+
+
+def mixers_of(model: nn.Module) -> list[HybridMixer]:
+    """The mixers of all converted layers, in the order of the layers."""
+    found = [module for module in model.modules() if isinstance(module, HybridMixer)]
+    return sorted(found, key=lambda mixer: mixer.layer_idx)
+
+
+def equipoise_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    segment_ids: Tensor | None = None,
+    equipoise_cache: Cache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers calls it: [B, H, T, D] in, [B, T, H, E] out.
+
+    Raises:
+        ValueError: a feature of the donor's attention that the hybrid does not carry over.
+    """
+    _refuse(attention_mask, dropout, kwargs)
+    mixer = mixer_of(module)
+    layer = _cache_layer(equipoise_cache, module)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if mixer is None or mixer.mode.kind == "softmax":
+        if isinstance(layer, HybridCacheLayer):
+            raise CacheError(
+                "this cache was made for the hybrid and holds no past keys for softmax attention; "
+                "make the cache inside the `branches` block that uses it."
+            )
+        mask = _last(attention_mask, key.shape[2])
+        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window)
+        out = donor_attention(inputs)
+    else:
+        mask = _last(attention_mask, query.shape[2])
+        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window)
+        out = _converted(mixer, inputs, layer)
+    if mixer is not None and mixer.observer is not None:
+        mixer.observer(mixer, inputs, out)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor:
+    mode = mixer.mode
+    if layer is None:
+        return mixer.attend(inputs, mode=mode)[0]
+    if not isinstance(layer, HybridCacheLayer):
+        raise CacheError(
+            f"expected a cache made by equipoise, got a {type(layer).__name__} layer. Pass past_key_values=None, "
+            "or model.make_cache()."
+        )
+    if layer.mode is not mode:
+        raise CacheError(
+            "the model's branches were switched after this cache was made: its state was summed for other branches. "
+            "Make the cache inside the `branches` block that uses it."
+        )
+    out, state = mixer.attend(inputs, mode=mode, state=layer.state, keep_state=True)
+    layer.commit(state)
+    return out
+
+
+def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"expected a 2D padding mask [batch, tokens], got a mask of shape {list(attention_mask.shape)}. Custom "
+            "4D masks have no counterpart in linear attention; for packed sequences pass segment_ids."
+        )
+    if dropout:
+        raise ValueError(f"expected attention dropout 0, got {dropout}: set config.attention_dropout = 0.")
+    if isinstance(kwargs.get("cache"), object) and kwargs.get("cache") is not None:
+        raise ValueError("paged continuous batching keeps keys and values in pages; a hybrid's state has none.")
+    for name, meaning in (("s_aux", "attention sinks as logits"), ("position_bias", "position biases")):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"this donor uses {meaning} ({name}), which converted layers do not carry over.")
+
+
+def _last(mask: Tensor | None, count: int) -> Tensor | None:
+    """The mask of the last ``count`` tokens as bools; None when it hides nothing it would need to hide."""
+    if mask is None:
+        return None
+    mask = mask[:, -count:]
+    if mask.shape[1] < count:
+        raise ValueError(
+            f"expected an attention mask that covers past and new tokens ({count} or more), got {mask.shape[1]}."
+        )
+    mask = mask.bool()
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def _cache_layer(cache: Cache | None, module: nn.Module) -> object:
+    index = getattr(module, "layer_idx", None)
+    if cache is None or index is None or index >= len(cache.layers):
+        return None
+    return cache.layers[index]
+
+
+def equipoise_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Hand the 2D padding mask on as it is (FlashAttention's convention): nothing T x T is built."""
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION, equipoise_attention)
+AttentionMaskInterface.register(ATTENTION, equipoise_mask)
+
+
+# ---- hooks: the interface does not hand the cache to the attention function, nor lets it choose one
+
+
+def pass_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook of self_attn: the cache travels on through **kwargs."""
+    kwargs["equipoise_cache"] = kwargs.get("past_key_values")
+    return args, kwargs
+
+
+def prepare_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook of the decoder: choose the cache, and name the segments of packed rows.
+
+    Raises:
+        CacheError: a cache of another kind with tokens in it.
+    """
+    config: Any = decoder.config
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        use_cache = kwargs.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and decoder.training:  # training never decodes, and states under grad would pile up
+            kwargs["use_cache"] = False
+        elif use_cache:
+            kwargs["past_key_values"] = HybridCache(config, mixers_of(decoder))
+    elif not isinstance(cache, HybridCache):
+        _adopt(cache, config, decoder)
+    if cache is None and kwargs.get("attention_mask") is None and kwargs.get("segment_ids") is None:
+        segments = _segments_of(kwargs.get("position_ids"))
+        if segments is not None:
+            kwargs["segment_ids"] = segments
+    return args, kwargs
+
+
+def _adopt(cache: Any, config: Any, decoder: nn.Module) -> None:
+    """Fill a fresh cache that transformers made with layers that fit the hybrid."""
+    if not isinstance(cache, Cache) or cache.get_seq_length() > 0:
+        raise CacheError(
+            f"expected a HybridCache, got a {type(cache).__name__} with tokens in it: its keys were never folded "
+            "into a state. Start from past_key_values=None."
+        )
+    cache.layers = HybridCache(config, mixers_of(decoder)).layers
+    cache.layer_class_to_replicate = None
+
+
+def _segments_of(position_ids: Tensor | None) -> Tensor | None:
+    """Positions that restart mark packed sequences (transformers' own convention)."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    restarts = position_ids.diff(dim=1) != 1
+    if not bool(restarts.any()):
+        return None
+    return nn.functional.pad(restarts, (1, 0)).long().cumsum(1)

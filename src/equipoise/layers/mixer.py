@@ -1,0 +1,157 @@
+"""The one new module of a converted layer: feature maps, gate, and the mode they run in.
+
+Shapes follow the legend in `equipoise.ops.types`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from equipoise.config import HybridConfig
+from equipoise.layers.feature_maps import FEATURE_MAPS
+from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
+
+SINKS_STATE_KEYS = 8
+"""Keys that the ``sinks`` ablation leaves: the first eight (arXiv 2510.05901)."""
+
+
+@dataclass(frozen=True)
+class AttentionMode:
+    """How converted layers attend.
+
+    Attributes:
+        kind: ``hybrid``; ``softmax`` (the donor's own attention); ``swa`` (training-free window and sinks);
+            ``none`` (outputs 0).
+        branches: which branches of the hybrid run.
+        window, sinks: what ``swa`` sees, or a window size that replaces the configured one in ``hybrid``.
+    """
+
+    kind: Literal["hybrid", "softmax", "swa", "none"] = "hybrid"
+    branches: Branches = Branches()
+    window: int | None = None
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer's attention received: the donor's view of it, handed to observers.
+
+    Attributes:
+        q, k, v: after rotary embedding.
+        scale, softcap: of the donor's scores.
+        key_mask: real tokens; None when all are.
+        segment_ids: packed sequences; None when there is one.
+        sliding_window: the donor's own window in this layer, None for full attention.
+    """
+
+    q: Float[Tensor, "B H T D"]
+    k: Float[Tensor, "B N T D"]
+    v: Float[Tensor, "B N T E"]
+    scale: float
+    softcap: float | None = None
+    key_mask: Bool[Tensor, "B T"] | None = None
+    segment_ids: Int[Tensor, "B T"] | None = None
+    sliding_window: int | None = None
+
+    def detach(self) -> LayerInputs:
+        """The same, cut from the graph."""
+        return LayerInputs(
+            self.q.detach(), self.k.detach(), self.v.detach(), self.scale, self.softcap,
+            self.key_mask, self.segment_ids, self.sliding_window,
+        )  # fmt: skip
+
+
+Observer = Callable[["HybridMixer", LayerInputs, Tensor], None]
+"""Called with a layer's mixer, its inputs and its attention output [B, H, T, E]."""
+
+
+class HybridMixer(nn.Module):
+    """Feature maps and gate of one layer, attached as ``self_attn.hybrid``.
+
+    Args:
+        config: what to compute.
+        heads, kv_heads, head_dim: H, N, D of the layer.
+        layer_idx: index of the layer in the model.
+
+    Raises:
+        UnknownNameError: no such feature map or mixing rule.
+    """
+
+    def __init__(self, config: HybridConfig, *, heads: int, kv_heads: int, head_dim: int, layer_idx: int) -> None:
+        super().__init__()
+        MIXING_RULES[config.mixing]
+        self.config, self.layer_idx = config, layer_idx
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.phi_q: nn.Module | None = None
+        self.phi_k: nn.Module | None = None
+        if config.feature_map is not None:
+            feature_map, features = FEATURE_MAPS[config.feature_map], config.feature_multiple * head_dim
+            self.phi_q = feature_map(heads, head_dim, features)
+            self.phi_k = feature_map(heads if config.map_heads == "query" else kv_heads, head_dim, features)
+        self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate == "per_head" else None
+        self.mode = AttentionMode()
+        self.observer: Observer | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Initialise from a seed and the layer's index, whatever the global random state; nothing on meta."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return
+        generator = torch.Generator().manual_seed(seed * 100_003 + self.layer_idx)
+        for phi in (self.phi_q, self.phi_k):
+            if phi is not None:
+                phi.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
+        if self.gate_logit is not None:
+            self.gate_logit.fill_(math.log(self.config.gate_value / (1 - self.config.gate_value)))
+
+    def gate(self) -> float | Tensor:
+        """The window's weight: a number, or one per head [H, 1]."""
+        return self.config.gate_value if self.gate_logit is None else self.gate_logit.sigmoid()
+
+    def attend(
+        self, inputs: LayerInputs, *, mode: AttentionMode, state: AttentionState | None = None, keep_state: bool = False
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attention of this layer in a given mode (any but ``softmax``) [B, H, T, E], and the state if kept."""
+        if mode.kind == "none":
+            q, v = inputs.q, inputs.v
+            return q.new_zeros(*q.shape[:3], v.shape[-1]), None
+        if mode.kind == "swa":
+            return window_attention(
+                inputs.q, inputs.k, inputs.v, window=mode.window or 0, sinks=mode.sinks, scale=inputs.scale,
+                softcap=inputs.softcap, key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
+                initial_state=state, output_final_state=keep_state,
+            )  # fmt: skip
+        return self.hybrid(inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state)
+
+    def hybrid(
+        self,
+        inputs: LayerInputs,
+        *,
+        branches: Branches | None = None,
+        window: int | None = None,
+        phi_q: Tensor | None = None,
+        phi_k: Tensor | None = None,
+        state: AttentionState | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """The hybrid itself; features may be handed in where they are at hand already."""
+        config = self.config
+        return hybrid_attention(
+            inputs.q, inputs.k, inputs.v,
+            self.phi_q if phi_q is None else phi_q, self.phi_k if phi_k is None else phi_k,
+            window=config.window if window is None else window, layout=config.layout, mixing=config.mixing,
+            gate=self.gate(), overlap=config.overlap, scale=inputs.scale, softcap=inputs.softcap,
+            key_mask=inputs.key_mask, segment_ids=inputs.segment_ids, branches=branches, sinks=config.sinks,
+            initial_state=state, output_final_state=keep_state,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"layer_idx={self.layer_idx}, heads={self.heads}, kv_heads={self.kv_heads}, {self.config!r}"

@@ -1,0 +1,213 @@
+"""``equipoise_<type>`` configuration and model classes, registered with transformers' Auto classes.
+
+A directory holds either full weights or a delta: configuration, mixers, LoRA in a sub-folder, the donor by name.
+``AutoModelForCausalLM.from_pretrained(directory)`` loads both once equipoise is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from equipoise.config import HybridConfig, parse
+from equipoise.layers.cache import HybridCache
+from equipoise.layers.interface import ATTENTION, mixers_of
+from equipoise.models import adapters, storage
+from equipoise.models.families import SUPPORTED, ConversionError
+from equipoise.models.surgery import attach, hybridize
+
+PREFIX = "equipoise_"
+
+
+class HybridModel(PreTrainedModel):
+    """What all ``Equipoise…ForCausalLM`` classes add to the donor's class: loading, saving, the cache."""
+
+    _keep_in_fp32_modules_strict = {"hybrid"}  # noqa: RUF012 (transformers reads a plain class attribute)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load a full or delta checkpoint, local or from the Hub; keywords as in transformers.
+
+        Raises:
+            CheckpointError: files missing, damaged, or made for another donor.
+        """
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        described = config.equipoise or {}
+        if described.get("checkpoint") == "delta":
+            model = cls._load_delta(pretrained_model_name_or_path, config, hub, *args, **kwargs)
+        else:
+            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        if described.get("lora"):
+            adapters.load_lora(model, storage.lora_folder(pretrained_model_name_or_path, hub))
+        return model
+
+    @classmethod
+    def _load_delta(cls, path: Any, config: Any, hub: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        described = config.equipoise
+        donor, revision = storage.resolve_donor(path, described["donor"])
+        _, donor_class = donor_classes_of(config.model_type)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "output_loading_info")}
+        model = donor_class.from_pretrained(donor, *args, revision=revision or "main", **kwargs)
+        hybridize(model, parse(HybridConfig, described["hybrid"]), check=False)
+        storage.load_mixers(model, path, hub)
+        model.config.equipoise = dict(described)
+        model.config.name_or_path = str(path)
+        return model.eval()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, delta: bool = False, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Save the model: full weights, or (``delta``) only what conversion added, a few MB beside the donor.
+
+        Adapters stay apart in ``lora/`` either way, so the donor can still be run from the checkpoint.
+
+        Raises:
+            ConversionError: a delta of a model whose donor is not known, or whose adapters are merged.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        lora = adapters.has_adapters(self)
+        described = dict(self.config.equipoise or {}, checkpoint="delta" if delta else "full", lora=lora)
+        if delta and (described.get("donor") is None or described.get("merged")):
+            raise ConversionError(
+                "a delta checkpoint names the donor it belongs to, and needs its weights unchanged: set the donor with "
+                "record_donor(model, name_or_path) and do not merge adapters, or save with delta=False."
+            )
+        self.config.equipoise = described
+        if lora:
+            adapters.save_lora(self, directory / adapters.FOLDER)
+        if not delta:
+            kwargs["state_dict"] = adapters.base_state_dict(self)
+            super().save_pretrained(directory, *args, **kwargs)
+            return
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(directory)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(directory)
+        weights = {n: t.contiguous() for n, t in adapters.base_state_dict(self).items() if ".hybrid." in n}  # pyright: ignore
+        storage.write_atomically(directory / storage.MIXERS, lambda p: save_file(weights, p))
+
+    def make_cache(self) -> HybridCache:
+        """A fresh decode cache for the branch state the model is in."""
+        return HybridCache(self.config.get_text_config(decoder=True), mixers_of(self))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        kind = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if kind not in (None, "dynamic", "static"):
+                raise ValueError(
+                    f"cache_implementation={kind!r} does not apply to a hybrid: its decode state is constant in size "
+                    "and held in float32. Leave cache_implementation unset."
+                )
+            model_kwargs["past_key_values"] = self.make_cache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def initialize_weights(self) -> None:
+        """Mixers know how to initialise themselves; the donor's rule would fill them with its own noise."""
+        for mixer in mixers_of(self):
+            parameters = list(mixer.parameters())
+            if parameters and not all(getattr(p, "_is_hf_initialized", False) for p in parameters):
+                mixer.reset_parameters()
+            for parameter in parameters:
+                parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        super().initialize_weights()
+
+
+@functools.cache
+def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
+    """(configuration class, model class) for hybrids of a donor type, made and registered on first use."""
+    module = sys.modules[__name__]
+    donor_config = CONFIG_MAPPING[donor_type]
+    donor_class = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config]
+    config_class = type(
+        "Equipoise" + donor_config.__name__,
+        (donor_config,),
+        {
+            "model_type": PREFIX + donor_type,
+            "__module__": __name__,
+            "__doc__": f"Configuration of a {donor_type} model converted by equipoise.",
+            "__annotations__": {"equipoise": dict | None},
+            "equipoise": None,
+        },
+    )
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        config._attn_implementation = ATTENTION
+        super(model_class, self).__init__(config, *args, **kwargs)  # type: ignore[misc]
+        described = config.equipoise
+        if described is None:
+            raise ConversionError(
+                f"{PREFIX}{donor_type}: the configuration does not say how to convert (no 'equipoise' entry); "
+                "make models of this class with hybridize() or from_pretrained()."
+            )
+        attach(self, parse(HybridConfig, described["hybrid"]))
+        self.post_init()
+
+    model_class = type(
+        "Equipoise" + donor_class.__name__,
+        (HybridModel, donor_class),
+        {
+            "config_class": config_class,
+            "__init__": __init__,
+            "__module__": __name__,
+            "__doc__": f"A {donor_type} model converted by equipoise.",
+        },
+    )
+    for made in (config_class, model_class):
+        setattr(module, made.__name__, made)
+    AutoConfig.register(PREFIX + donor_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    mapping = get_checkpoint_conversion_mapping(donor_type)
+    if mapping is not None:  # mixture-of-experts checkpoints fuse their experts on loading
+        register_checkpoint_conversion_mapping(PREFIX + donor_type, mapping, overwrite=True)
+    return config_class, model_class
+
+
+def donor_classes_of(model_type: str) -> tuple[type[Any], type[Any]]:
+    """(configuration class, model class) of the donor behind an ``equipoise_<type>``.
+
+    Raises:
+        ConversionError: not such a type.
+    """
+    if not model_type.startswith(PREFIX):
+        raise ConversionError(f"expected a converted model, got model type {model_type!r}.")
+    config = CONFIG_MAPPING[model_type.removeprefix(PREFIX)]
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config]
+
+
+def register_all() -> None:
+    """Make every supported family's classes known to transformers."""
+    for donor_type in SUPPORTED:
+        classes_of(donor_type)
+
+
+def record_donor(model: nn.Module, name_or_path: str) -> None:
+    """Note in the model's configuration where its donor comes from, so that deltas can be saved."""
+    config: Any = model.config
+    config.equipoise = dict(config.equipoise, donor=storage.describe_donor(name_or_path, config))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Fold the LoRA adapters into the weights: faster, but the donor cannot be run from the model any more."""
+    adapters.unload_lora(model, merge=True)
+    config: Any = model.config
+    config.equipoise = dict(config.equipoise, merged=True, lora=False)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The ``equipoise`` entry of a local checkpoint's config.json; empty where it is not a converted model."""
+    path = directory / "config.json"
+    return json.loads(path.read_text()).get("equipoise") or {} if path.is_file() else {}

@@ -1,0 +1,114 @@
+"""Switching the branches of a converted model, and watching what its attention sees."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from equipoise.layers.interface import mixers_of
+from equipoise.layers.mixer import SINKS_STATE_KEYS, AttentionMode, HybridMixer, Observer
+from equipoise.models.adapters import adapters_disabled
+from equipoise.models.families import ConversionError
+from equipoise.ops import Branches
+from equipoise.ops.types import Reading
+from equipoise.registry import unknown_name
+
+BRANCH_STATES = ("both", "window", "linear", "none", "sinks", "softmax", "softmax_lora")
+"""both: the hybrid. window, linear: one branch alone. none: attention outputs 0. sinks: softmax over the first
+eight keys. softmax: the donor (its own attention, adapters off). softmax_lora: the same with adapters on."""
+
+
+def mode_of(state: str, reading: Reading = "literal") -> AttentionMode:
+    """The mode behind a branch state's name.
+
+    Raises:
+        UnknownNameError: no such state.
+    """
+    if state in ("both", "window", "linear"):
+        return AttentionMode("hybrid", Branches(state != "linear", state != "window", reading))
+    if state == "none":
+        return AttentionMode("none")
+    if state == "sinks":
+        return AttentionMode("swa", window=0, sinks=SINKS_STATE_KEYS)
+    if state in ("softmax", "softmax_lora"):
+        return AttentionMode("softmax")
+    raise unknown_name("branch state", state, BRANCH_STATES)
+
+
+def converted_mixers(model: nn.Module) -> list[HybridMixer]:
+    """The model's mixers.
+
+    Raises:
+        ConversionError: it has none.
+    """
+    mixers = mixers_of(model)
+    if not mixers:
+        raise ConversionError(
+            f"expected a converted model, got a {type(model).__name__} without hybrid layers: call hybridize() first."
+        )
+    return mixers
+
+
+@contextmanager
+def branches(
+    model: nn.Module, state: str | Branches | AttentionMode, *, reading: Reading = "literal"
+) -> Generator[None]:
+    """Run a converted model in one branch state for the time of the block.
+
+    Layers that were not converted keep their own attention. Caches belong to the state they were made in.
+
+    Args:
+        model: a converted model, also inside wrappers.
+        state: a name of `BRANCH_STATES`, a `Branches` value, or a whole `AttentionMode`.
+        reading: how the survivor of ``window`` and ``linear`` is read: ``literal`` or ``renormalised``.
+
+    Raises:
+        UnknownNameError: no such state.
+        ConversionError: the model is not converted, or ``softmax`` is asked of one whose adapters are merged.
+    """
+    mixers = converted_mixers(model)
+    if isinstance(state, str):
+        mode = mode_of(state, reading)
+    else:
+        mode = state if isinstance(state, AttentionMode) else AttentionMode("hybrid", state)
+    config: Any = getattr(model, "config", None)
+    if state == "softmax" and (getattr(config, "equipoise", None) or {}).get("merged"):
+        raise ConversionError(
+            "the LoRA adapters of this checkpoint are merged, so the donor cannot be run from it: "
+            "use 'softmax_lora', or a checkpoint saved without merging."
+        )
+    before = [mixer.mode for mixer in mixers]
+    with adapters_disabled(model) if state == "softmax" else nullcontext():
+        try:
+            for mixer in mixers:
+                mixer.mode = mode
+            yield
+        finally:
+            for mixer, old in zip(mixers, before, strict=True):
+                mixer.mode = old
+
+
+@contextmanager
+def capture(model: nn.Module, observer: Observer) -> Generator[None]:
+    """Run the donor and hand every converted layer's inputs and softmax output to ``observer``.
+
+    The observer is called inside the forward pass, layer after layer, as (mixer, inputs, output).
+    """
+    with branches(model, "softmax"), observe(model, observer):
+        yield
+
+
+@contextmanager
+def observe(model: nn.Module, observer: Observer) -> Generator[None]:
+    """Hand every converted layer's inputs and output to ``observer``, in whatever mode the model runs."""
+    mixers = converted_mixers(model)
+    try:
+        for mixer in mixers:
+            mixer.observer = observer
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.observer = None

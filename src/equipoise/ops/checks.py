@@ -1,0 +1,98 @@
+"""Refuse arguments of `hybrid_attention` that do not fit together, saying what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equipoise.ops.mix import MIXING_RULES
+from equipoise.ops.walk import Call
+
+
+def check_arguments(call: Call) -> None:
+    """Raise ValueError with expected, got and fix; see `hybrid_attention` for the contract."""
+    _check_shapes(call)
+    _check_window(call)
+    _check_features(call)
+    _check_masks(call)
+    MIXING_RULES[call.mixing]  # raises with a suggestion
+    if isinstance(call.gate, Tensor):
+        try:
+            call.gate.expand(*call.q.shape[:3])
+        except RuntimeError:
+            raise ValueError(
+                f"expected gate to broadcast to [B, H, T] = {list(call.q.shape[:3])}, got {list(call.gate.shape)}; "
+                "a per-head gate has shape [H, 1]."
+            ) from None
+
+
+def _check_shapes(call: Call) -> None:
+    q, k, v = call.q, call.k, call.v
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"expected q, k, v of 4 dimensions [B, heads, T, D], got {q.ndim}, {k.ndim}, {v.ndim}.")
+    if k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
+        raise ValueError(
+            "expected q [B, H, T, D], k [B, N, T, D], v [B, N, T, E] of one B and T, got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"expected the number of query heads to be a multiple of the key/value heads, got {q.shape[1]} and {k.shape[1]}."
+        )
+    if q.shape[2] == 0:
+        raise ValueError("expected at least one token, got T = 0.")
+
+
+def _check_window(call: Call) -> None:
+    if call.layout not in ("sliding", "terraced"):
+        raise ValueError(f"expected layout 'sliding' or 'terraced', got {call.layout!r}.")
+    if call.sinks < 0:
+        raise ValueError(f"expected sinks >= 0, got {call.sinks}.")
+    if call.window is None:
+        if call.phi_k is None:
+            raise ValueError("expected a window, feature maps or both; got window=None and no feature maps.")
+        if call.sinks:
+            raise ValueError(f"sinks join the window's softmax: with window=None expected sinks=0, got {call.sinks}.")
+    elif call.window < 0 or (call.window == 0 and not call.sinks):
+        raise ValueError(f"expected a window of at least 1 token (or None for no window branch), got {call.window}.")
+    elif call.window == 0 and call.layout == "terraced":
+        raise ValueError("a terraced layout needs a window of at least 1 token, got 0.")
+
+
+def _check_features(call: Call) -> None:
+    if (call.phi_q is None) != (call.phi_k is None):
+        raise ValueError("expected phi_q and phi_k both given or both None.")
+    for name, phi, tokens in (("phi_q", call.phi_q, call.q), ("phi_k", call.phi_k, call.k)):
+        if not isinstance(phi, Tensor):
+            continue
+        heads = {call.q.shape[1]} if name == "phi_q" else {call.q.shape[1], call.k.shape[1]}
+        if phi.ndim != 4 or phi.shape[0] != tokens.shape[0] or phi.shape[2] != tokens.shape[2]:
+            raise ValueError(f"expected {name} [B, heads, T, F] with B and T of q, got {list(phi.shape)}.")
+        if phi.shape[1] not in heads:
+            raise ValueError(f"expected {name} with {' or '.join(map(str, sorted(heads)))} heads, got {phi.shape[1]}.")
+    state = call.state
+    if state is None:
+        return
+    if (state.linear_state is None) != (call.phi_k is None):
+        raise ValueError("expected initial_state of a call with the same branches: one has a linear state, one not.")
+    if call.lagging and isinstance(call.phi_k, Tensor) and state.features is None:
+        raise ValueError(
+            "resuming disjoint attention with phi_k as a tensor needs a state made with phi_k as a tensor; "
+            "pass the feature map itself, or make the state with features."
+        )
+
+
+def _check_masks(call: Call) -> None:
+    expected = [call.q.shape[0], call.q.shape[2]]
+    for name, mask in (("key_mask", call.key_mask), ("segment_ids", call.segment_ids)):
+        if mask is not None and list(mask.shape) != expected:
+            raise ValueError(f"expected {name} [B, T] = {expected}, got {list(mask.shape)}.")
+    if call.key_mask is not None and call.key_mask.dtype != torch.bool:
+        raise ValueError(f"expected key_mask of bools (True = real token), got {call.key_mask.dtype}.")
+    state = call.state
+    if state is None:
+        return
+    if state.valid.shape[0] != expected[0]:
+        raise ValueError(f"expected initial_state of batch size {expected[0]}, got {state.valid.shape[0]}.")
+    if (state.segments is None) != (call.segment_ids is None):
+        raise ValueError("expected segment_ids in every part of a split sequence or in none.")

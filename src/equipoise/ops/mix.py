@@ -1,0 +1,71 @@
+"""Mixing rules: how the window's softmax and linear attention become one output.
+
+A rule returns two *terms* whose sum is the hybrid's output, so that a literal ablation is the sum without one
+of them and no rule needs to know about ablations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equipoise.registry import Registry
+
+EPSILON = 1e-12
+"""Smallest magnitude of a denominator; below it (only activations without a positive floor get there) the sign is
+kept and the magnitude is clamped, so that 0/0 is 0."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch before normalisation.
+
+    Attributes:
+        numerator: weighted sum of values [B, H, T, E].
+        denominator: sum of the weights [B, H, T, 1]. The window's weights are exp(score - row maximum).
+        visible: whether any key was there to see, broadcastable to [B, H, T, 1].
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    visible: Tensor
+
+    def normalised(self) -> Tensor:
+        """The branch alone at weight 1 [B, H, T, E]; rows without a key give 0."""
+        return divide(self.numerator, self.denominator)
+
+
+MixingRule = Callable[[Branch, Branch, Tensor], tuple[Tensor, Tensor]]
+"""(window, linear, gate broadcastable to [B, H, T, 1]) -> (window's term, linear's term), each [B, H, T, E]."""
+
+MIXING_RULES: Registry[MixingRule] = Registry("mixing rule")
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator with the denominator's magnitude kept above EPSILON."""
+    floor = torch.where(denominator < 0, -EPSILON, EPSILON).to(denominator.dtype)
+    return numerator / torch.where(denominator.abs() < EPSILON, floor, denominator)
+
+
+@MIXING_RULES.register("convex")
+def convex(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """o = g SWA + (1 - g) LA (arXiv 2510.05901, with g = 0.5).
+
+    Where linear attention has no key to see yet, its weight goes to the window.
+    """
+    weight = torch.where(linear.visible, gate, torch.ones_like(gate))
+    return weight * window.normalised(), (1 - weight) * linear.normalised()
+
+
+@MIXING_RULES.register("shared")
+def shared(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """One denominator for both, as LoLCATs publishes it (arXiv 2410.10254); the gate is its window factor gamma.
+
+    The window's weights carry exp(-m), m the row's largest score in the window, and the linear weights do not:
+    the balance of the branches then depends on m. Kept so, because published checkpoints were trained so.
+    """
+    denominator = gate * window.denominator + linear.denominator
+    return divide(gate * window.numerator, denominator), divide(linear.numerator, denominator)

@@ -1,0 +1,162 @@
+"""The definitions, spelled out: quadratic masks and a token-by-token loop. Slow on purpose; they run in float64.
+
+Everything faster in equipoise is tested against these, so they share no code with it.
+Shapes follow the legend in `equipoise.ops.types`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equipoise.ops.types import Branches, Layout
+
+
+def _positions(valid: list[bool], segments: list[int]) -> tuple[list[int], list[int]]:
+    """(rank, offset) of every token of one row: real tokens before it and distance from the first, per segment."""
+    ranks, offsets = [], []
+    rank, first, previous = 0, 0, None
+    for t, (real, segment) in enumerate(zip(valid, segments, strict=True)):
+        if segment != previous:
+            rank, first, previous = 0, t, segment
+        if rank == 0:
+            first = t
+        ranks.append(rank)
+        offsets.append(t - first)
+        rank += int(real)
+    return ranks, offsets
+
+
+def visible_keys(
+    length: int,
+    *,
+    window: int | None,
+    layout: Layout,
+    sinks: int,
+    valid: list[bool],
+    segments: list[int],
+) -> tuple[Tensor, Tensor]:
+    """(causal, window) masks [T, T] of one row, by the definitions of `hybrid_attention`."""
+    ranks, offsets = (torch.tensor(x) for x in _positions(valid, segments))
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    segment = torch.tensor(segments)
+    causal = (j <= i) & torch.tensor(valid)[None] & (segment[:, None] == segment[None])
+    if window is None:
+        return causal, torch.zeros_like(causal)
+    if layout == "terraced":
+        near = offsets[:, None] // window - offsets[None] // window <= 1
+    else:
+        near = i - j < window
+    near = causal & (near | (ranks < sinks)[None])
+    return causal, near
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
+
+
+def _row_flag(flag: bool | Tensor, row: int, head: int) -> bool:
+    if isinstance(flag, bool):
+        return flag
+    return bool(flag[row] if flag.ndim == 1 else flag[row, head])
+
+
+def hybrid_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    *,
+    window: int | None,
+    layout: Layout = "sliding",
+    mixing: str = "convex",
+    gate: float | Tensor = 0.5,
+    overlap: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    branches: Branches | None = None,
+    sinks: int = 0,
+) -> Tensor:
+    """Quadratic hybrid attention [B, H, T, E]; arguments as in `equipoise.ops.hybrid_attention`, features as tensors."""
+    batch, heads, length, size = q.shape
+    branches = branches or Branches()
+    scale = size**-0.5 if scale is None else scale
+    gates = torch.as_tensor(gate, dtype=q.dtype).expand(batch, heads, length)
+    out = []
+    for b in range(batch):
+        valid = [True] * length if key_mask is None else key_mask[b].tolist()
+        segments = [0] * length if segment_ids is None else segment_ids[b].tolist()
+        causal, near = visible_keys(length, window=window, layout=layout, sinks=sinks, valid=valid, segments=segments)
+        for h in range(heads):
+            key, value = k[b, h * k.shape[1] // heads], v[b, h * v.shape[1] // heads]
+            scores = q[b, h] @ key.T * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            products = torch.zeros_like(scores)
+            if phi_q is not None and phi_k is not None:
+                products = phi_q[b, h] @ phi_k[b, h * phi_k.shape[1] // heads].T
+            flags = (
+                _row_flag(branches.window, b, h) and window is not None,
+                _row_flag(branches.linear, b, h) and phi_k is not None,
+            )
+            alone = branches.reading == "renormalised" or window is None or phi_k is None
+            far = causal if overlap or window is None else causal & ~near
+            out.append(_mixed(scores, products, value, causal, near, far, gates[b, h], mixing, flags, alone))
+    return torch.stack(out).view(batch, heads, length, -1)
+
+
+def _mixed(
+    scores: Tensor, products: Tensor, value: Tensor, causal: Tensor, near: Tensor, far: Tensor,
+    gate: Tensor, mixing: str, flags: tuple[bool, bool], alone: bool,
+) -> Tensor:  # fmt: skip
+    """One head's output [T, E] from its [T, T] scores, products of features and masks."""
+    top = scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)
+    top = torch.where(near.any(-1, keepdim=True), top, 0.0)
+    exponentials = torch.where(near, scores - top, -torch.inf).exp()
+    softmax = _ratio(exponentials @ value, exponentials.sum(-1, keepdim=True))
+    if alone and flags == (True, False):
+        return softmax
+    if alone and flags == (False, True):
+        weights = products * causal
+        return _ratio(weights @ value, weights.sum(-1, keepdim=True))
+    weights, gate = products * far, gate[:, None]
+    if mixing == "convex":
+        gate = torch.where(far.any(-1, keepdim=True), gate, 1.0)
+        terms = gate * softmax, (1 - gate) * _ratio(weights @ value, weights.sum(-1, keepdim=True))
+    else:
+        total = gate * exponentials.sum(-1, keepdim=True) + weights.sum(-1, keepdim=True)
+        terms = _ratio(gate * exponentials @ value, total), _ratio(weights @ value, total)
+    return terms[0] * flags[0] + terms[1] * flags[1]
+
+
+def linear_attention_recurrent(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, *, state: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Linear attention one token at a time, [B, H, T, F] and [B, H, T, E] -> ([B, H, T, E], (S, z)).
+
+    S_t = S_{t-1} + phi(k_t) v_t^T, z_t = z_{t-1} + phi(k_t), o_t = phi(q_t)^T S_t / phi(q_t)^T z_t
+    (arXiv 2006.16236, equations 16-20).
+    """
+    batch, heads, length, size = phi_q.shape
+    sums = phi_q.new_zeros(batch, heads, size, v.shape[-1]) if state is None else state[0]
+    normalizer = phi_q.new_zeros(batch, heads, size) if state is None else state[1]
+    out = []
+    for t in range(length):
+        sums = sums + phi_k[:, :, t, :, None] * v[:, :, t, None, :]
+        normalizer = normalizer + phi_k[:, :, t]
+        weight = (phi_q[:, :, t] * normalizer).sum(-1, keepdim=True)
+        out.append(_ratio((phi_q[:, :, t, :, None] * sums).sum(-2), weight))
+    return torch.stack(out, 2), (sums, normalizer)
+
+
+def window_attention_recurrent(q: Tensor, k: Tensor, v: Tensor, *, window: int, sinks: int = 0) -> Tensor:
+    """Softmax over the last ``window`` tokens and the first ``sinks``, one token at a time (equal heads)."""
+    out = []
+    for t in range(q.shape[2]):
+        seen = sorted(set(range(max(0, t - window + 1), t + 1)) | set(range(min(sinks, t + 1))))
+        scores = (k[:, :, seen] * q[:, :, t, None]).sum(-1) * q.shape[-1] ** -0.5
+        out.append((scores.softmax(-1)[..., None] * v[:, :, seen]).sum(2))
+    return torch.stack(out, 2)

@@ -1,0 +1,115 @@
+"""What the operators pass around: which branches run, and the state between two calls.
+
+Shape legend, here and in every file of this package:
+    B batch    H query heads    N key/value heads (H a multiple of N)    T new tokens    D head_dim
+    E value head_dim    F feature dimension D_phi    M heads of phi(k), either H or N
+    R tokens of history a window needs    P sinks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Layout = Literal["sliding", "terraced"]
+Reading = Literal["literal", "renormalised"]
+FeatureMapLike = Callable[[Tensor], Tensor]
+"""Maps a block [B, heads, t, D] to features [B, heads', t, F]; applied block by block."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which branches of the hybrid run, and how the survivor is read when one does not.
+
+    Attributes:
+        window: whether the sliding-window softmax runs; a bool, or a bool tensor [B] or [B, H].
+        linear: whether linear attention runs; likewise.
+        reading: ``literal`` zeroes the ablated branch's term and leaves the rest as it was (arXiv 2510.05901);
+            ``renormalised`` lets the survivor attend alone at weight 1, the linear branch then over all keys.
+    """
+
+    window: bool | Tensor = True
+    linear: bool | Tensor = True
+    reading: Reading = "literal"
+
+    def __post_init__(self) -> None:
+        if self.reading not in ("literal", "renormalised"):
+            raise ValueError(f"expected reading 'literal' or 'renormalised', got {self.reading!r}.")
+        for name in ("window", "linear"):
+            flag = getattr(self, name)
+            if isinstance(flag, Tensor) and (flag.dtype != torch.bool or flag.ndim not in (1, 2)):
+                raise ValueError(
+                    f"Branches.{name}: expected a bool or a bool tensor [B] or [B, H], "
+                    f"got {flag.dtype} {tuple(flag.shape)}."
+                )
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Everything a layer must remember to go on: constant in size, whatever the length read.
+
+    Attributes:
+        keys, values: the last R tokens [B, N, R, D] and [B, N, R, E]; slots not yet filled are invalid.
+        valid: which of them are real tokens [B, R].
+        linear_state: S, the sum of phi(k) v^T over the keys folded so far [B, M, F, E], float32 or wider.
+        linear_normalizer: z, the sum of phi(k) over the same keys [B, M, F].
+        folded: how many keys that is [B].
+        segments: segment id of the R tokens [B, R], where sequences are packed.
+        folded_segment: segment the folded keys belong to [B].
+        ranks: how many real tokens of its segment came before each of the R tokens [B, R]; kept for sinks.
+        offsets: distance of each of the R tokens from its segment's first real token [B, R]; kept for terraces.
+        sink_keys, sink_values, sink_valid, sink_segment: sinks that have left the window [B, N, P, D],
+            [B, N, P, E], [B, P], [B].
+        features, sink_features: phi(k) of the tokens above, where features were given as tensors and linear
+            attention lags behind the window (disjoint) [B, M, R, F], [B, M, P, F].
+    """
+
+    keys: Float[Tensor, "B N R D"]
+    values: Float[Tensor, "B N R E"]
+    valid: Bool[Tensor, "B R"]
+    linear_state: Float[Tensor, "B M F E"] | None = None
+    linear_normalizer: Float[Tensor, "B M F"] | None = None
+    folded: Int[Tensor, " B"] | None = None
+    segments: Int[Tensor, "B R"] | None = None
+    folded_segment: Int[Tensor, " B"] | None = None
+    ranks: Int[Tensor, "B R"] | None = None
+    offsets: Int[Tensor, "B R"] | None = None
+    sink_keys: Float[Tensor, "B N P D"] | None = None
+    sink_values: Float[Tensor, "B N P E"] | None = None
+    sink_valid: Bool[Tensor, "B P"] | None = None
+    sink_segment: Int[Tensor, " B"] | None = None
+    features: Float[Tensor, "B M R F"] | None = None
+    sink_features: Float[Tensor, "B M P F"] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
+        """Apply a function to every tensor: selecting rows, moving devices, detaching."""
+        present = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: function(t) for name, t in present if t is not None})
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors held."""
+        return [t for f in fields(self) if (t := getattr(self, f.name)) is not None]
+
+    def bytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where the inputs are: in bfloat16 z loses 60% by 4k tokens."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def history_length(window: int | None, layout: Layout) -> int:
+    """R: how many past tokens a query may look back on, and so the tokens a state keeps.
+
+    At least one, so that a state always carries its position and segment along.
+    """
+    if window is None:
+        return 1
+    return max(1, 2 * window - 1 if layout == "terraced" else window - 1)
