@@ -220,6 +220,12 @@ class RunConfig(Settings):
     """Stage 2; null skips it."""
     data: DataConfig = Field(default_factory=DataConfig)
     """What it trains on."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 autocast over float32 masters; auto: bfloat16 on a GPU that has it, float32 elsewhere."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in stage 2: slower, less memory."""
+    checkpoint: Literal["delta", "full"] = "delta"
+    """What is saved: what conversion added, beside the donor's name; or all weights."""
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

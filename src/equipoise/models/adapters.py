@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,10 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Iterable[str
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets))  # pyright: ignore[reportArgumentType]
     inject_adapter_in_model(config, model, ADAPTER)
+    for layer in adapter_layers(model):
+        for name, parameter in layer.named_parameters():  # pyright: ignore
+            if "lora_" in name:  # float32 masters under whatever the donor is held in
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -102,3 +107,11 @@ def base_state_dict(model: nn.Module) -> dict[str, object]:
         for name, tensor in model.state_dict().items()
         if ".lora_" not in name
     }
+
+
+def save_adapter_checkpoint(model: nn.Module, directory: Path, donor: str) -> None:
+    """Write the adapters of an unconverted model as a peft checkpoint, which transformers loads on its own."""
+    config = model.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue]
+    config.base_model_name_or_path = str(Path(donor).resolve()) if Path(donor).is_dir() else donor
+    config.task_type = "CAUSAL_LM"
+    save_lora(model, directory)

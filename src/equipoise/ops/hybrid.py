@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equipoise.ops.checks import check_arguments
-from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, Layout
-from equipoise.ops.walk import Call, Walk
+from equipoise.ops.types import AttentionState, Branches, Call, FeatureMapLike, Layout
+from equipoise.ops.walk import Walk
 
 CHUNK = 64
 """Queries a block. On CPU blocks of 64 keep the scratch memory in cache."""
@@ -54,7 +54,8 @@ def hybrid_attention(
         scale: factor on the scores; D ** -0.5 where None.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; window branch only.
         key_mask: True for real tokens; rows without a real token to see give 0.
-        segment_ids: id >= 0 of the sequence each token belongs to, constant on runs; no branch looks across.
+        segment_ids: id >= 0 of the sequence each token belongs to, one run of tokens per id; no branch looks
+            across.
         branches: which branches run, see `Branches`; both where None.
         sinks: the first so many real tokens of a segment join every window (and leave the linear branch's key
             set when disjoint).

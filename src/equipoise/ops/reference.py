@@ -83,7 +83,7 @@ def hybrid_attention_reference(
     """Quadratic hybrid attention [B, H, T, E]; arguments as in `equipoise.ops.hybrid_attention`, features as tensors."""
     batch, heads, length, size = q.shape
     branches = branches or Branches()
-    scale = size**-0.5 if scale is None else scale
+    factor = size**-0.5 if scale is None else scale
     gates = torch.as_tensor(gate, dtype=q.dtype).expand(batch, heads, length)
     out = []
     for b in range(batch):
@@ -92,7 +92,7 @@ def hybrid_attention_reference(
         causal, near = visible_keys(length, window=window, layout=layout, sinks=sinks, valid=valid, segments=segments)
         for h in range(heads):
             key, value = k[b, h * k.shape[1] // heads], v[b, h * v.shape[1] // heads]
-            scores = q[b, h] @ key.T * scale
+            scores = q[b, h] @ key.T * factor
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             products = torch.zeros_like(scores)

@@ -124,9 +124,12 @@ def window_mask(
 
 
 def last_slots(tensor: Tensor, count: int, dim: int, fill: int = 0) -> Tensor:
-    """The last ``count`` entries along ``dim``, filled up in front where there are fewer."""
+    """The last ``count`` entries along ``dim``, filled up in front where there are fewer.
+
+    A copy, not a view: a view would keep the whole prompt in memory for as long as the state lives.
+    """
     size = tensor.shape[dim]
     if size >= count:
-        return tensor.narrow(dim, size - count, count)
+        return tensor.narrow(dim, size - count, count).clone()
     after = tensor.ndim - 1 - (dim % tensor.ndim)
     return functional.pad(tensor, (0, 0) * after + (count - size, 0), value=fill)

@@ -100,6 +100,30 @@ class AttentionState:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one `hybrid_attention` call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor | FeatureMapLike | None
+    phi_k: Tensor | FeatureMapLike | None
+    window: int | None
+    layout: Layout
+    mixing: str
+    gate: float | Tensor
+    lagging: bool
+    scale: float
+    softcap: float | None
+    key_mask: Tensor | None
+    segment_ids: Tensor | None
+    branches: Branches
+    sinks: int
+    state: AttentionState | None
+    chunk_size: int
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where the inputs are: in bfloat16 z loses 60% by 4k tokens."""
     return torch.promote_types(dtype, torch.float32)

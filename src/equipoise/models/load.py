@@ -1,0 +1,98 @@
+"""Opening donors and converted models with errors a person can act on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from equipoise.models.families import check_family
+from equipoise.models.storage import CheckpointError, load_tensors
+
+
+def load_donor(name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model to convert: float32 on CPU, its own dtype on a GPU; safetensors only.
+
+    Raises:
+        CheckpointError: not a model, no weights, weights damaged or only as pickles.
+        ConversionError: a family that does not convert (found out before any weight is read).
+    """
+    config = _config(name_or_path, trust_remote_code)
+    check_family(str(config.model_type))
+    return _load(name_or_path, device, trust_remote_code)
+
+
+def load_model(name_or_path: str, *, device: str | None = None) -> PreTrainedModel:
+    """Load any model transformers knows, converted ones included; errors as in `load_donor`."""
+    _config(name_or_path, False)
+    return _load(name_or_path, device, False)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{name_or_path}: no tokenizer found beside the model ({_first_line(error)}). Copy tokenizer.json and "
+            "tokenizer_config.json there."
+        ) from None
+
+
+def _config(name_or_path: str, trust_remote_code: bool) -> Any:
+    path = Path(name_or_path)
+    if path.is_dir():
+        _check_directory(path)
+    elif path.exists():
+        raise CheckpointError(f"{path}: expected a model's directory or its name on the Hub, got a file.")
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{name_or_path}: expected a local model directory or a model's name on the Hub; {_first_line(error)}"
+        ) from None
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: expected a model directory with a config.json, found none.")
+    try:
+        described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}/config.json: not JSON ({error}).") from None
+    delta = (described.get("equipoise") or {}).get("checkpoint") == "delta" if isinstance(described, dict) else False
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights and not delta and not (path / "adapter_config.json").is_file():
+        pickles = [p.name for p in path.glob("*.bin")]
+        hint = f" Only {pickles[0]} is there: save the model again as safetensors." if pickles else ""
+        raise CheckpointError(f"{path}: expected weights (*.safetensors), found none.{hint}")
+    for file in weights:
+        if file.stat().st_size < 1 << 20:  # small ones are read whole; large ones fail on loading, by name
+            load_tensors(file)
+
+
+def _load(name_or_path: str, device: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "auto" if where.startswith("cuda") else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{name_or_path}: cannot load the model: {_first_line(error)}") from None
+    except Exception as error:  # safetensors raises its own type, without a public base
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(f"{name_or_path}: a weights file is damaged or cut off ({error}).") from None
+    return model.to(where).eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

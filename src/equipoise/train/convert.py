@@ -1,0 +1,252 @@
+"""A whole conversion: donor and recipe in, a converted model's directory out. Written at the end, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from equipoise import __version__
+from equipoise.config import DataConfig, HybridConfig, RunConfig
+from equipoise.data.packing import PackedDataset, check_tokenizer, collate, pack_documents
+from equipoise.data.sources import load_documents
+from equipoise.models import adapters
+from equipoise.models.auto import record_donor
+from equipoise.models.branches import branches
+from equipoise.models.layout import reach, report_layers, state_bytes
+from equipoise.models.load import load_donor, load_tokenizer
+from equipoise.models.storage import write_atomically
+from equipoise.models.surgery import hybridize
+from equipoise.train.progress import ProgressReport
+from equipoise.train.stages import StageResult, finetune, transfer
+
+RUN = "run.json"
+"""What was run, beside the model it made."""
+WORK = "training"
+"""Sub-folder with training checkpoints, until the run is done."""
+HELD_OUT_ROWS = 32
+
+
+class OutputError(ValueError):
+    """An output directory that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a conversion did, as `run.json` holds it.
+
+    Attributes:
+        recipe: name of the recipe.
+        settings: all of its settings.
+        donor: name or path of the donor.
+        seed: of initialisation, order of data and dropout draws.
+        train_tokens, train_seconds: of both stages together.
+        stages: steps, tokens, seconds and log of each stage.
+        held_out: mean loss in nats per token on held-out rows: the donor's and the result's.
+        equipoise_version: that made it.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    donor: str
+    seed: int
+    train_tokens: int
+    train_seconds: float
+    stages: dict[str, dict[str, Any]]
+    held_out: dict[str, float]
+    equipoise_version: str = __version__
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Packed rows of a run."""
+
+    rows: PackedDataset
+    held_out: PackedDataset
+
+
+def prepare_output(output: Path, *, resume: bool = False) -> None:
+    """Make the directory, or refuse it.
+
+    Raises:
+        OutputError: not a directory, holds files already, or cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: expected a directory to write to, got a file. Choose another --output.")
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        hint = " A killed run goes on with --resume." if (output / WORK).is_dir() else ""
+        raise OutputError(f"{output}: exists and is not empty. Choose another --output, or remove it.{hint}")
+    if resume and (output / RUN).is_file():
+        raise OutputError(f"{output}: this run is finished (it has a {RUN}); there is nothing to resume.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror}). Choose another --output.") from None
+
+
+def prepare_data(
+    data: DataConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> TrainingData:
+    """Read, tokenise and pack training and held-out rows, no longer than the donor's context.
+
+    Raises:
+        DataError: data that cannot be read, or a tokenizer that does not fit the model.
+    """
+    text: Any = model.config.get_text_config(decoder=True)
+    check_tokenizer(tokenizer, text.vocab_size)
+    length = min(data.context_length, text.max_position_embeddings or data.context_length)
+
+    def packed(split: str, max_tokens: int | None) -> PackedDataset:
+        documents = load_documents(data.source, split=split, text_column=data.text_column, subset=data.subset)
+        return pack_documents(
+            documents, tokenizer, context_length=length, seed=seed, max_tokens=max_tokens, vocab_size=text.vocab_size
+        )
+
+    return TrainingData(packed("train", data.max_tokens), packed("validation", HELD_OUT_ROWS * length))
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, rows: PackedDataset, *, batch_size: int = 8) -> float:
+    """Mean next-token loss on packed rows, in nats per token, in the state the model is in."""
+    total, count = 0.0, 0
+    subset = [rows[i] for i in range(min(HELD_OUT_ROWS, len(rows)))]
+    for batch in DataLoader(subset, batch_size=batch_size, collate_fn=collate):  # pyright: ignore[reportArgumentType]
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        number = int((inputs["labels"][:, 1:] != -100).sum())
+        total += model(**inputs, use_cache=False).loss.item() * number
+        count += number
+    return total / max(1, count)
+
+
+def convert(
+    donor: str,
+    run: RunConfig,
+    output: Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    console: Console | None = None,
+    trust_remote_code: bool = False,
+) -> RunRecord:
+    """Convert a donor by a recipe and write the result to a new directory.
+
+    Args:
+        donor: directory, or name on the Hub.
+        run: the recipe.
+        output: where the model goes; must be new or empty.
+        seed: of everything random.
+        resume: go on with a run that was killed, from its last training checkpoint.
+        console: where progress goes.
+        trust_remote_code: run code that comes with the donor (off unless asked).
+
+    Raises:
+        OutputError, CheckpointError, ConversionError, DataError, TrainingDiverged: each with what to do about it.
+    """
+    console = console or Console(stderr=True)
+    output = Path(output)
+    prepare_output(output, resume=resume)
+    model, tokenizer = load_donor(donor, trust_remote_code=trust_remote_code), load_tokenizer(donor)
+    trains = run.transfer is not None or run.finetune is not None
+    if run.hybrid is not None:
+        hybridize(model, run.hybrid, seed=seed)
+        record_donor(model, donor)
+        _describe(model, run.hybrid, console)
+    data = prepare_data(run.data, model, tokenizer, seed=seed) if trains else None
+    held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
+    results = train(model, run, data, output / WORK, seed=seed, resume=resume, console=console) if data else {}
+    if data is not None:
+        held_out["result"] = mean_loss(model, data.held_out)
+        console.print(
+            f"held-out loss: donor {held_out['donor']:.4f}, {run.name} {held_out['result']:.4f} nats/token",
+            highlight=False,
+        )
+    record = RunRecord(
+        recipe=run.name, settings=run.model_dump(mode="json"), donor=donor, seed=seed,
+        train_tokens=sum(r.tokens for r in results.values()), train_seconds=sum(r.seconds for r in results.values()),
+        stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
+    )  # fmt: skip
+    save(model, tokenizer, record, output, donor=donor)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    return record
+
+
+def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> float:
+    if run.hybrid is None:
+        return mean_loss(model, data.held_out)
+    with branches(model, "softmax"):
+        return mean_loss(model, data.held_out)
+
+
+def _describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> None:
+    layers = report_layers(model)
+    kept = [f"{len(indices)} left {kind}" for kind, indices in (("local", layers.local), ("softmax", layers.softmax))
+            if indices]  # fmt: skip
+    limit = reach(model)
+    console.print(
+        f"converted {len(layers.converted)} layers{', ' + ', '.join(kept) if kept else ''}; window {hybrid.window}, "
+        f"reach {'unlimited' if limit is None else limit} tokens, decode state {state_bytes(model):,} bytes",
+        highlight=False,
+    )
+
+
+def train(
+    model: PreTrainedModel,
+    run: RunConfig,
+    data: TrainingData,
+    work: Path,
+    *,
+    seed: int,
+    resume: bool = False,
+    console: Console | None = None,
+) -> dict[str, StageResult]:
+    """Run a recipe's stages on a converted model, in place."""
+    console = console or Console(stderr=True, quiet=True)
+    results: dict[str, StageResult] = {}
+
+    def reports(label: str) -> list[TrainerCallback]:
+        return [ProgressReport(console, label)]
+
+    set_seed(seed)
+    if run.transfer is not None:
+        results["transfer"] = transfer(
+            model, run, data.rows, work / "transfer", seed=seed, callbacks=reports(f"{run.name} transfer"), resume=resume
+        )
+    if run.finetune is not None:
+        results["finetune"] = finetune(
+            model, run, data.rows, data.held_out, work / "finetune", seed=seed,
+            callbacks=reports(f"{run.name} finetune"), resume=resume,
+        )  # fmt: skip
+    return results
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord, output: Path, *, donor: str
+) -> None:
+    """Write model, tokenizer and `run.json`; files move into place complete, config.json after all weights."""
+    staging = output / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tokenizer.save_pretrained(staging)
+    if record.settings["hybrid"] is None:
+        adapters.save_adapter_checkpoint(model, staging, donor)
+    else:
+        model.save_pretrained(staging, delta=record.settings["checkpoint"] == "delta")  # pyright: ignore[reportCallIssue]
+    text = json.dumps(asdict(record), indent=2)
+    write_atomically(staging / RUN, lambda path: path.write_text(text, encoding="utf-8"))
+    for path in sorted(staging.iterdir(), key=lambda p: (p.name == RUN, p.name == "config.json", p.name)):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    staging.rmdir()

@@ -1,0 +1,55 @@
+"""How much of a layer's output, and of its training signal, goes through each branch: measured while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.ops import Branches
+
+_WINDOW, _LINEAR = Branches(linear=False), Branches(window=False)
+
+
+@dataclass
+class BranchProbe:
+    """An observer (see `equipoise.models.branches.observe`) that adds up norms over the layers of one batch.
+
+    The share is |linear term| / (|window term| + |linear term|) of the hybrid's output, norms over everything.
+    A branch's gradient is the part of the loss gradient that reaches the layers' q, k, v through it alone.
+    """
+
+    output: dict[str, float] = field(default_factory=lambda: {"window": 0.0, "linear": 0.0})
+    gradient: dict[str, float] = field(default_factory=lambda: {"window": 0.0, "linear": 0.0})
+
+    def __call__(self, mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        if mixer.config.window is None or mixer.config.feature_map is None:
+            return
+        detached = inputs.detach()
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._gradients(mixer, detached, grad))
+        with torch.no_grad():
+            for name, branches in (("window", _WINDOW), ("linear", _LINEAR)):
+                term, _ = mixer.hybrid(detached, branches=branches)
+                self.output[name] += term.float().square().sum().item()
+
+    def _gradients(self, mixer: HybridMixer, inputs: LayerInputs, grad: Tensor) -> None:
+        for name, branches in (("window", _WINDOW), ("linear", _LINEAR)):
+            with torch.enable_grad():
+                copy = inputs.detach()
+                leaves = [t.requires_grad_() for t in (copy.q, copy.k, copy.v)]
+                term, _ = mixer.hybrid(copy, branches=branches)
+                grads = torch.autograd.grad(term, leaves, grad.to(term.dtype), allow_unused=True)
+            self.gradient[name] += sum(g.float().square().sum().item() for g in grads if g is not None)
+
+    def results(self) -> dict[str, float]:
+        """linear_share, window_gradient, linear_gradient; empty where nothing was seen."""
+        window, linear = (self.output[name] ** 0.5 for name in ("window", "linear"))
+        if window + linear == 0:
+            return {}
+        results = {"linear_share": linear / (window + linear)}
+        if any(self.gradient.values()):
+            results |= {f"{name}_gradient": value**0.5 for name, value in self.gradient.items()}
+        return results

@@ -1,0 +1,78 @@
+"""Progress of a stage: bar, ETA, loss and the linear branch's share; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+LINES = 10
+"""About how many lines a stage prints where there is no terminal to draw on."""
+
+
+class ProgressReport(TrainerCallback):
+    """Show one stage as it trains.
+
+    Args:
+        console: where to write.
+        label: what the stage is called.
+    """
+
+    def __init__(self, console: Console, label: str) -> None:
+        self.console, self.label = console, label
+        self.started = time.monotonic()
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.status = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"), console=self.console, transient=True,
+        )  # fmt: skip
+        self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step, status="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=state.global_step, status=self.status)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.status = describe(logs)
+        every = max(args.logging_steps, state.max_steps // LINES)
+        if self.bar is None and (state.global_step % every < args.logging_steps or state.global_step <= 1):
+            left = (time.monotonic() - self.started) / max(1, state.global_step) * (state.max_steps - state.global_step)
+            self.console.print(
+                f"{self.label} {state.global_step}/{state.max_steps} {self.status} eta {left:.0f}s", highlight=False
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+        taken = time.monotonic() - self.started
+        self.console.print(
+            f"{self.label} done: {state.global_step} steps, {taken:.0f}s, {self.status}", highlight=False
+        )
+
+    def close(self) -> None:
+        """Take the bar down; safe to call twice."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def describe(logs: dict[str, float]) -> str:
+    """Loss, linear share and the branches' gradient norms, in a few words."""
+    parts = [f"loss {float(logs['loss']):.4g}"]
+    if "linear_share" in logs:
+        parts.append(f"linear share {logs['linear_share']:.2f}")
+    if "linear_gradient" in logs:
+        parts.append(f"grad window {logs.get('window_gradient', 0.0):.2g} linear {logs['linear_gradient']:.2g}")
+    return ", ".join(parts)

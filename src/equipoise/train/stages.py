@@ -1,0 +1,277 @@
+"""The two stages: attention transfer, and LoRA fine-tuning with its schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+
+from equipoise.config import FinetuneConfig, RunConfig
+from equipoise.layers.interface import mixers_of
+from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
+from equipoise.models.adapters import add_lora
+from equipoise.models.branches import capture
+from equipoise.models.layout import attention_modules
+from equipoise.ops import Branches
+from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
+from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
+from equipoise.train.trainer import StageTrainer, latest_checkpoint, training_arguments
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+"""Names of attention projections in the supported families; LoRA takes those a model has."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did.
+
+    Attributes:
+        steps: optimiser steps taken.
+        tokens: training tokens seen.
+        seconds: wall-clock time.
+        history: what was logged, in order.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    history: list[dict[str, float]]
+
+
+class TransferTrainer(StageTrainer):
+    """Stage 1: the donor runs under no_grad, and each layer's loss is taken back while the forward pass stands in
+    that layer, so one layer's graph is held at a time and layers cannot influence one another."""
+
+    stage_name = "transfer"
+
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        losses: list[Tensor] = []
+        share: dict[str, float] = {}
+        logs = self.logs_this_step
+
+        def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
+            with torch.enable_grad():
+                loss = self.objective(LayerTarget(mixer, seen.detach(), output.detach()))
+                self.check_finite(loss.detach(), f" of layer {mixer.layer_idx}")
+                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            losses.append(loss.detach())
+            if logs:
+                _add_share(share, mixer, seen)
+
+        decoder: Any = self.accelerator.unwrap_model(model).get_decoder()  # pyright: ignore
+        decoder.eval()
+        arguments = {k: v for k, v in inputs.items() if k != "labels"}
+        with capture(model, observer), torch.no_grad(), self.compute_loss_context_manager():
+            decoder(**arguments, use_cache=False)
+        if logs:
+            self.branch_metrics = _transfer_metrics(share, mixers_of(model))
+        return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        losses: list[Tensor] = []
+
+        def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
+            losses.append(self.objective(LayerTarget(mixer, seen, output)))
+
+        decoder: Any = self.accelerator.unwrap_model(model).get_decoder()  # pyright: ignore
+        with capture(model, observer), torch.no_grad():
+            decoder(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+        return torch.stack(losses).mean(), None, None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Layer by layer: a layer with large gradients must not slow the others down."""
+        norms = [
+            nn.utils.clip_grad_norm_(mixer.parameters(), self.args.max_grad_norm) for mixer in mixers_of(model)
+        ]
+        return torch.stack(norms).square().sum().sqrt()
+
+
+def _add_share(share: dict[str, float], mixer: HybridMixer, seen: LayerInputs) -> None:
+    from equipoise.train.probe import BranchProbe
+
+    probe = BranchProbe()
+    probe(mixer, seen.detach(), seen.q.detach())
+    for name, value in probe.output.items():
+        share[name] = share.get(name, 0.0) + value
+
+
+def _transfer_metrics(share: dict[str, float], mixers: list[HybridMixer]) -> dict[str, float]:
+    """Shares as in stage 2; gradients are those of the parameters: maps (linear) and gate (window)."""
+
+    def norm(parameters: list[nn.Parameter]) -> float:
+        squares = [p.grad.float().square().sum().item() for p in parameters if p.grad is not None]
+        return sum(squares) ** 0.5
+
+    gates = [m.gate_logit for m in mixers if m.gate_logit is not None]
+    maps = [p for m in mixers for n, p in m.named_parameters() if n.startswith("phi")]
+    metrics = {"linear_gradient": norm(maps), "window_gradient": norm(gates)}
+    window, linear = (share.get(name, 0.0) ** 0.5 for name in ("window", "linear"))
+    if window + linear > 0:
+        metrics["linear_share"] = linear / (window + linear)
+    return metrics
+
+
+class FinetuneTrainer(StageTrainer):
+    """Stage 2: next-token loss with the hybrid active; windows may drop out or change size by schedule."""
+
+    stage_name = "finetune"
+
+    def __init__(self, *args: Any, settings: FinetuneConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        first = self.state.global_step * self.settings.batch_size
+        first += self.micro_step() * int(self.args.per_device_train_batch_size)
+        with self._scheduled(mixers_of(model), len(inputs["input_ids"]), first), self.probed(model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.check_finite(loss)
+        return loss
+
+    @contextmanager
+    def _scheduled(self, mixers: list[HybridMixer], batch_size: int, first_sample: int) -> Generator[None]:
+        """The mode of each layer for one micro batch, gradient checkpointing's second forward included."""
+        step, total = self.state.global_step, self.state.max_steps
+        settings, dropout = self.settings, self.settings.window_dropout
+        window = None if settings.window_sizes is None else window_size(settings.window_sizes, step, total)
+        before = [mixer.mode for mixer in mixers]
+        for mixer in mixers:
+            branches = Branches()
+            if dropout is not None:
+                kept = draw_window_dropout(
+                    window_dropout_probability(dropout.probabilities, step, total), batch_size=batch_size,
+                    heads=mixer.heads, per=dropout.per, seed=int(self.args.seed), step=step, layer=mixer.layer_idx,
+                    first_sample=first_sample,
+                )  # fmt: skip
+                branches = Branches(window=kept, reading=dropout.reading)
+            mixer.mode = AttentionMode("hybrid", branches, window=window)
+        try:
+            yield
+        finally:
+            for mixer, mode in zip(mixers, before, strict=True):
+                mixer.mode = mode
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """AdamW; maps and gates may learn at a rate of their own."""
+        if self.optimizer is None:
+            maps = [p for m in mixers_of(self.model) for p in m.parameters() if p.requires_grad]
+            known = {id(p) for p in maps}
+            others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+            rate = self.settings.learning_rate
+            groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
+            if maps:
+                groups.append({"params": maps, "lr": self.settings.map_learning_rate or rate})
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+        return self.optimizer
+
+
+def transfer(
+    model: PreTrainedModel,
+    run: RunConfig,
+    rows: Dataset[Any],
+    directory: Path,
+    *,
+    seed: int = 0,
+    callbacks: list[TrainerCallback] | None = None,
+    resume: bool = False,
+) -> StageResult:
+    """Stage 1 on packed rows: train the maps (and gates) of a converted model, nothing else.
+
+    Args:
+        model: a hybrid; changed in place.
+        run: the recipe; its ``transfer`` must be set.
+        rows: packed rows (see `equipoise.data.packing`).
+        directory: where training checkpoints go.
+        seed: of the order of rows.
+        callbacks: transformers' callbacks, for progress.
+        resume: go on from the newest checkpoint in ``directory``, if there is one.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; checkpoints written before stay.
+    """
+    assert run.transfer is not None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for mixer in mixers_of(model):
+        mixer.requires_grad_(True)
+    trainer = TransferTrainer(
+        model, training_arguments(run, run.transfer, directory, seed=seed), rows, callbacks=callbacks,
+        objective=weighted_sum(run.transfer.objectives),
+    )  # fmt: skip
+    return _run(trainer, model, directory, resume)
+
+
+def finetune(
+    model: PreTrainedModel,
+    run: RunConfig,
+    rows: Dataset[Any],
+    held_out: Dataset[Any],
+    directory: Path,
+    *,
+    seed: int = 0,
+    callbacks: list[TrainerCallback] | None = None,
+    resume: bool = False,
+) -> StageResult:
+    """Stage 2 on packed rows: LoRA on the attention projections, and the maps where the recipe says so.
+
+    Arguments and errors as in `transfer`; ``held_out`` is what early stopping looks at.
+    """
+    settings = run.finetune
+    assert settings is not None
+    torch.manual_seed(seed)  # LoRA's own initialisation draws from the global state
+    add_lora(model, rank=settings.rank, alpha=settings.alpha, targets=lora_targets(model, settings))
+    for mixer in mixers_of(model):
+        mixer.requires_grad_(settings.train_maps)
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    callbacks = list(callbacks or [])
+    stopping = settings.early_stopping
+    if stopping is not None:
+        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_improvement))
+    arguments = training_arguments(
+        run, settings, directory, seed=seed, eval_steps=None if stopping is None else stopping.every
+    )
+    trainer = FinetuneTrainer(model, arguments, rows, held_out, callbacks, settings=settings)
+    result = _run(trainer, model, directory, resume)
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return result
+
+
+def _run(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
+    checkpoint = latest_checkpoint(directory) if resume else None
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    model.eval()
+    row: Any = trainer.train_dataset[0]  # pyright: ignore
+    batch = int(trainer.args.per_device_train_batch_size) * int(trainer.args.gradient_accumulation_steps)
+    steps = trainer.state.global_step
+    return StageResult(
+        steps, steps * batch * len(row["input_ids"]), float(output.metrics["train_runtime"]), trainer.state.log_history
+    )
+
+
+def lora_targets(model: nn.Module, settings: FinetuneConfig) -> tuple[str, ...]:
+    """The names LoRA attaches to: those asked for, or the attention projections the model has."""
+    if settings.targets is not None:
+        return settings.targets
+    present = {name for module in attention_modules(model) for name, _ in module.named_children()}
+    return tuple(name for name in PROJECTIONS if name in present)
+
+
+__all__ = ["FinetuneTrainer", "StageResult", "TransferTrainer", "finetune", "transfer"]
