@@ -57,7 +57,7 @@ class FeatureMap(nn.Module, ABC):
         """Map a block; inputs with fewer heads than there are maps are shared by consecutive maps."""
         batch, heads, tokens, size = x.shape
         weight = self.weight.to(x.dtype).view(heads, self.heads // heads, size, -1)
-        projected = (x[:, :, None] @ weight).reshape(batch, self.heads, tokens, -1)
+        projected = (x[:, :, None] @ weight).reshape(batch, self.heads, tokens, weight.shape[-1])
         if self.bias is not None:
             projected = projected + self.bias.to(x.dtype)
         return self.activation(projected)

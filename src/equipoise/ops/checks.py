@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.mix import MIXING_RULES
-from equipoise.ops.walk import Call
+from equipoise.ops.types import AttentionState, Call, history_length
 
 
 def check_arguments(call: Call) -> None:
@@ -15,29 +15,29 @@ def check_arguments(call: Call) -> None:
     _check_window(call)
     _check_features(call)
     _check_masks(call)
-    MIXING_RULES[call.mixing]  # raises with a suggestion
-    if isinstance(call.gate, Tensor):
-        try:
-            call.gate.expand(*call.q.shape[:3])
-        except RuntimeError:
-            raise ValueError(
-                f"expected gate to broadcast to [B, H, T] = {list(call.q.shape[:3])}, got {list(call.gate.shape)}; "
-                "a per-head gate has shape [H, 1]."
-            ) from None
+    _check_mixing(call)
+    if call.chunk_size < 1:
+        raise ValueError(f"expected chunk_size >= 1, got {call.chunk_size}.")
+    if call.state is not None:
+        _check_state(call, call.state)
 
 
 def _check_shapes(call: Call) -> None:
     q, k, v = call.q, call.k, call.v
     if not (q.ndim == k.ndim == v.ndim == 4):
-        raise ValueError(f"expected q, k, v of 4 dimensions [B, heads, T, D], got {q.ndim}, {k.ndim}, {v.ndim}.")
-    if k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
+        raise ValueError(
+            f"expected q, k, v of 4 dimensions [B, heads, T, D], got {q.ndim}, {k.ndim}, {v.ndim}."
+        )
+    same_tokens = (q.shape[0], q.shape[2], q.shape[3]) == (k.shape[0], k.shape[2], k.shape[3])
+    if k.shape[:3] != v.shape[:3] or not same_tokens:
         raise ValueError(
             "expected q [B, H, T, D], k [B, N, T, D], v [B, N, T, E] of one B and T, got "
             f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"expected the number of query heads to be a multiple of the key/value heads, got {q.shape[1]} and {k.shape[1]}."
+            "expected the number of query heads to be a multiple of the key/value heads, got "
+            f"{q.shape[1]} and {k.shape[1]}."
         )
     if q.shape[2] == 0:
         raise ValueError("expected at least one token, got T = 0.")
@@ -52,9 +52,13 @@ def _check_window(call: Call) -> None:
         if call.phi_k is None:
             raise ValueError("expected a window, feature maps or both; got window=None and no feature maps.")
         if call.sinks:
-            raise ValueError(f"sinks join the window's softmax: with window=None expected sinks=0, got {call.sinks}.")
+            raise ValueError(
+                f"sinks join the window's softmax: with window=None expected sinks=0, got {call.sinks}."
+            )
     elif call.window < 0 or (call.window == 0 and not call.sinks):
-        raise ValueError(f"expected a window of at least 1 token (or None for no window branch), got {call.window}.")
+        raise ValueError(
+            f"expected a window of at least 1 token (or None for no window branch), got {call.window}."
+        )
     elif call.window == 0 and call.layout == "terraced":
         raise ValueError("a terraced layout needs a window of at least 1 token, got 0.")
 
@@ -69,16 +73,17 @@ def _check_features(call: Call) -> None:
         if phi.ndim != 4 or phi.shape[0] != tokens.shape[0] or phi.shape[2] != tokens.shape[2]:
             raise ValueError(f"expected {name} [B, heads, T, F] with B and T of q, got {list(phi.shape)}.")
         if phi.shape[1] not in heads:
-            raise ValueError(f"expected {name} with {' or '.join(map(str, sorted(heads)))} heads, got {phi.shape[1]}.")
-    state = call.state
-    if state is None:
-        return
-    if (state.linear_state is None) != (call.phi_k is None):
-        raise ValueError("expected initial_state of a call with the same branches: one has a linear state, one not.")
-    if call.lagging and isinstance(call.phi_k, Tensor) and state.features is None:
+            raise ValueError(
+                f"expected {name} with {' or '.join(map(str, sorted(heads)))} heads, got {phi.shape[1]}."
+            )
+    if (
+        isinstance(call.phi_q, Tensor)
+        and isinstance(call.phi_k, Tensor)
+        and call.phi_q.shape[-1] != call.phi_k.shape[-1]
+    ):
         raise ValueError(
-            "resuming disjoint attention with phi_k as a tensor needs a state made with phi_k as a tensor; "
-            "pass the feature map itself, or make the state with features."
+            "expected phi_q and phi_k of one feature dimension F, got "
+            f"{call.phi_q.shape[-1]} and {call.phi_k.shape[-1]}."
         )
 
 
@@ -89,10 +94,60 @@ def _check_masks(call: Call) -> None:
             raise ValueError(f"expected {name} [B, T] = {expected}, got {list(mask.shape)}.")
     if call.key_mask is not None and call.key_mask.dtype != torch.bool:
         raise ValueError(f"expected key_mask of bools (True = real token), got {call.key_mask.dtype}.")
-    state = call.state
-    if state is None:
+    rows = list(call.q.shape[:2])
+    for name in ("window", "linear"):
+        flag = getattr(call.branches, name)
+        if isinstance(flag, Tensor) and list(flag.shape) not in (rows[:1], rows):
+            raise ValueError(
+                f"expected Branches.{name} of shape [B] = {rows[:1]} or [B, H] = {rows}, "
+                f"got {list(flag.shape)}."
+            )
+
+
+def _check_mixing(call: Call) -> None:
+    MIXING_RULES[call.mixing]  # raises with a suggestion
+    if not isinstance(call.gate, Tensor):
         return
-    if state.valid.shape[0] != expected[0]:
-        raise ValueError(f"expected initial_state of batch size {expected[0]}, got {state.valid.shape[0]}.")
+    try:
+        call.gate.expand(*call.q.shape[:3])
+    except RuntimeError:
+        raise ValueError(
+            f"expected gate to broadcast to [B, H, T] = {list(call.q.shape[:3])}, got "
+            f"{list(call.gate.shape)}; a per-head gate has shape [H, 1]."
+        ) from None
+
+
+def _check_state(call: Call, state: AttentionState) -> None:
+    """A state of a call with other settings would resume, and be wrong."""
+    if state.valid.shape[0] != call.q.shape[0]:
+        raise ValueError(
+            f"expected initial_state of batch size {call.q.shape[0]}, got {state.valid.shape[0]}."
+        )
+    for name, new, old in (("k", call.k, state.keys), ("v", call.v, state.values)):
+        if (new.shape[1], new.shape[3]) != (old.shape[1], old.shape[3]):
+            raise ValueError(
+                f"expected initial_state with the heads and size of {name}, {new.shape[1]} and "
+                f"{new.shape[3]}, got {old.shape[1]} and {old.shape[3]}."
+            )
+    history = history_length(call.window, call.layout)
+    if state.valid.shape[1] != history:
+        raise ValueError(
+            f"expected initial_state of a call with the same window and layout, holding {history} tokens, "
+            f"got one of {state.valid.shape[1]}."
+        )
+    sinks = 0 if state.sink_keys is None else state.sink_keys.shape[2]
+    if sinks != call.sinks:
+        raise ValueError(f"expected initial_state of a call with {call.sinks} sinks, got one of {sinks}.")
     if (state.segments is None) != (call.segment_ids is None):
         raise ValueError("expected segment_ids in every part of a split sequence or in none.")
+    if (state.linear_state is None) != (call.phi_k is None):
+        raise ValueError(
+            "expected initial_state of a call with the same branches: one has a linear state, one not."
+        )
+    if call.lagging and isinstance(call.phi_k, Tensor) and state.features is None:
+        raise ValueError(
+            "resuming disjoint attention with phi_k as a tensor needs a state made with phi_k as a tensor; "
+            "pass the feature map itself, or make the state with features."
+        )
+    if not call.lagging and state.features is not None:
+        raise ValueError("expected initial_state of a call with the same overlap, got one of a disjoint call.")

@@ -53,7 +53,8 @@ def hybrid_attention(
         overlap: whether linear attention also covers the keys in the window.
         scale: factor on the scores; D ** -0.5 where None.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; window branch only.
-        key_mask: True for real tokens; rows without a real token to see give 0.
+        key_mask: True for real tokens; what stands at the others does not matter. Rows
+            without a real token to see give 0.
         segment_ids: id >= 0 of the sequence each token belongs to, one run of tokens per id; no branch looks
             across.
         branches: which branches run, see `Branches`; both where None.

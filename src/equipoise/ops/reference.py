@@ -80,7 +80,14 @@ def hybrid_attention_reference(
     branches: Branches | None = None,
     sinks: int = 0,
 ) -> Tensor:
-    """Quadratic hybrid attention [B, H, T, E]; arguments as in `equipoise.ops.hybrid_attention`, features as tensors."""
+    """Quadratic hybrid attention [B, H, T, E].
+
+    Arguments as in `equipoise.ops.hybrid_attention`, features as tensors. What stands in padding counts as 0.
+    """
+    if key_mask is not None:
+        absent = ~key_mask[:, None, :, None]
+        q, k, v = (t.masked_fill(absent, 0) for t in (q, k, v))
+        phi_q, phi_k = (None if t is None else t.masked_fill(absent, 0) for t in (phi_q, phi_k))
     batch, heads, length, size = q.shape
     branches = branches or Branches()
     factor = size**-0.5 if scale is None else scale

@@ -1,0 +1,219 @@
+"""The part of the audit that runs models: the likelihood of held-out documents in every branch state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from equipoise.audit.attribution import DONOR, Estimate, ScoreTable
+from equipoise.audit.report import CONTROL, ControlSetting, Layers, RunAudit, RunFacts, audit_run
+from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_batches
+from equipoise.layers.interface import mixers_of
+from equipoise.layers.mixer import AttentionMode
+from equipoise.models.adapters import adapters_disabled
+from equipoise.models.branches import branches
+from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
+from equipoise.ops.types import Reading
+
+STATES: Mapping[str, tuple[str, Reading]] = {
+    DONOR: ("softmax", "literal"),
+    "both": ("both", "literal"),
+    "window": ("window", "literal"),
+    "linear": ("linear", "literal"),
+    "none": ("none", "literal"),
+    "sinks": ("sinks", "literal"),
+    "window_renormalised": ("window", "renormalised"),
+    "linear_renormalised": ("linear", "renormalised"),
+}
+"""The audit's columns: branch state and reading of each."""
+CONTROL_SINKS = 4
+RUN = "run.json"
+
+Floats = NDArray[np.float64]
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """Summed negative log-likelihood, in nats, and token counts of each document.
+
+    Attributes:
+        nll, tokens: over all predicted tokens.
+        far_nll, far_tokens: over tokens predicted from a position beyond the cut alone.
+    """
+
+    nll: Floats
+    tokens: Floats
+    far_nll: Floats
+    far_tokens: Floats
+
+
+@torch.no_grad()
+def score_documents(
+    model: nn.Module, windows: Sequence[EvaluationWindow], *, beyond: int | None, batch_size: int, tick: Tick
+) -> DocumentScores:
+    """Run every window and sum by document.
+
+    Args:
+        model: in the branch state to score.
+        windows: of single documents (see `equipoise.data.packing.evaluation_windows`).
+        beyond: tokens whose predicting position (from 0) is larger count as far; None for none.
+        batch_size: windows at a time.
+        tick: called after each batch.
+    """
+    index = {document: i for i, document in enumerate(sorted({w.document for w in windows}))}
+    nll, tokens, far_nll, far_tokens = (np.zeros(len(index)) for _ in range(4))
+    device = next(model.parameters()).device
+    for batch in evaluation_batches(windows, batch_size=batch_size, pad_token_id=0):
+        inputs, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+        losses, kept = _token_losses(logits, batch.labels.to(device))
+        far = torch.zeros_like(kept) if beyond is None else kept & (_positions(kept) > beyond)
+        rows = [index[int(document)] for document in batch.document_ids]
+        for total, values in (
+            (nll, losses * kept), (tokens, kept), (far_nll, losses * far), (far_tokens, far)
+        ):  # fmt: skip
+            np.add.at(total, rows, values.double().sum(1).cpu().numpy())
+        tick()
+    return DocumentScores(nll, tokens, far_nll, far_tokens)
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [B, L-1] of each next token, and which of them count."""
+    targets = labels[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    return losses, targets != IGNORED_LABEL
+
+
+def _positions(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device).expand_as(like)
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """What is known of how a model was made, from its `run.json`."""
+
+    recipe: str
+    seed: int
+    train_tokens: int
+    train_seconds: float
+
+    @classmethod
+    def read(cls, directory: Path) -> RunNote:
+        """From a model's directory; one without the file is called by its name."""
+        path = directory / RUN
+        if not path.is_file():
+            return cls(directory.name, 0, 0, 0.0)
+        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return cls(note["recipe"], note["seed"], note["train_tokens"], note["train_seconds"])
+
+
+def audit_model(
+    model: PreTrainedModel,
+    windows: Sequence[EvaluationWindow],
+    note: RunNote,
+    *,
+    batch_size: int = 8,
+    resamples: int = 2000,
+    seed: int = 0,
+    donor: DocumentScores | None = None,
+    tick: Tick = lambda: None,
+) -> tuple[RunAudit, ScoreTable, DocumentScores]:
+    """Score a converted model in every branch state and against its control, and judge it.
+
+    Args:
+        model: converted; its adapters not merged.
+        windows: held-out text, cut by document.
+        note: how it was made.
+        batch_size: windows at a time.
+        resamples, seed: of the bootstrap over documents.
+        donor: the donor's scores on the same windows, where they are known already.
+        tick: called after each batch.
+
+    Returns:
+        The audit of this run, the scores behind it, and the donor's.
+
+    Raises:
+        ConversionError: the model is not converted, or the donor cannot be run from it.
+    """
+    setting, beyond, reason = _control(model, max(len(w.input_ids) for w in windows))
+
+    def run(context: AbstractContextManager[None]) -> DocumentScores:
+        with context:
+            return score_documents(model, windows, beyond=beyond, batch_size=batch_size, tick=tick)
+
+    scores = {
+        name: donor if donor is not None and name == DONOR else run(branches(model, state, reading=reading))
+        for name, (state, reading) in STATES.items()
+    }
+    benefit: Estimate | None = None
+    if setting is not None:
+        with adapters_disabled(model):
+            scores[CONTROL] = run(branches(model, AttentionMode("swa", window=setting.window, sinks=setting.sinks)))
+        if reason is None:
+            benefit, reason = _benefit(scores["both"], scores[CONTROL], resamples, seed)
+    table = ScoreTable.from_nll({name: s.nll for name, s in scores.items()}, scores["both"].tokens)
+    config = mixers_of(model)[0].config
+    audit = audit_run(
+        table, recipe=note.recipe, seed=note.seed, has_window=config.window is not None,
+        has_linear=config.feature_map is not None, facts=_facts(model, note), control=setting,
+        benefit_difference=benefit, benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
+    )  # fmt: skip
+    return audit, table, scores[DONOR]
+
+
+def _facts(model: PreTrainedModel, note: RunNote) -> RunFacts:
+    layers = report_layers(model)
+    return RunFacts(
+        state_bytes=state_bytes(model), reach=reach(model), train_tokens=note.train_tokens,
+        train_seconds=note.train_seconds,
+        layers=Layers(converted=layers.converted, local=layers.local, softmax=layers.softmax),
+    )  # fmt: skip
+
+
+def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting | None, int | None, str | None]:
+    """SWA + sinks at equal bytes; the distance beyond both reaches; and why benefit cannot be tested, if so."""
+    window = equal_window(model, sinks=CONTROL_SINKS)
+    setting = ControlSetting(window=window, sinks=CONTROL_SINKS, state_bytes=state_bytes(model))
+    if mixers_of(model)[0].config.feature_map is None:
+        return setting, None, "the model has no linear branch: it is SWA + sinks itself"
+    if window >= context:
+        return setting, None, (
+            f"the window of equal bytes ({window} tokens) covers the whole context of {context} tokens"
+        )  # fmt: skip
+    own, control = reach(model), reach(model, window=window)
+    if own is None or control is None:
+        return setting, None, "layers left with full softmax see everything: nothing lies beyond reach"
+    beyond = max(own, control)
+    if beyond >= context - 1:
+        return setting, None, (
+            f"no token lies beyond both reaches (hybrid {own}, SWA + sinks at equal bytes {control}) in a context of "
+            f"{context} tokens"
+        )  # fmt: skip
+    return setting, beyond, None
+
+
+def _benefit(
+    hybrid: DocumentScores, control: DocumentScores, resamples: int, seed: int
+) -> tuple[Estimate | None, str | None]:
+    """Hybrid minus control, in nats per token, over tokens beyond both reaches: paired bootstrap over documents."""
+    kept = hybrid.far_tokens > 0
+    if kept.sum() < 2:
+        return None, "fewer than two documents have tokens beyond both reaches"
+    gain, tokens = (control.far_nll - hybrid.far_nll)[kept], hybrid.far_tokens[kept]
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(len(gain), np.full(len(gain), 1 / len(gain)), size=resamples)
+    low, high = np.quantile(drawn @ gain / (drawn @ tokens), [0.025, 0.975])
+    return Estimate(float(gain.sum() / tokens.sum()), (float(low), float(high))), None
