@@ -6,7 +6,9 @@ A recipe is a `RunConfig`. Every field's meaning stands under it and is what the
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeVar
+import types
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from equipoise.registry import unknown_name
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+_inside: ContextVar[bool] = ContextVar("inside other settings", default=False)
 
 
 class ConfigError(ValueError):
@@ -28,38 +33,62 @@ class Settings(BaseModel):
     )
 
     def __init__(self, **values: Any) -> None:
+        if _inside.get():  # the outermost settings know the whole path, and speak for all
+            super().__init__(**values)
+            return
+        token = _inside.set(True)
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_explain(type(self), error)) from None
+        finally:
+            _inside.reset(token)
 
 
 def _explain(owner: type[BaseModel], error: ValidationError) -> str:
     """One line a mistake, with the nearest known field where the name is wrong."""
-    lines: list[str] = []
+    problems: dict[str, list[str]] = {}
+    received: dict[str, str] = {}
     for item in error.errors():
-        path = [str(part) for part in item["loc"]]
+        kind, value = item["type"], item.get("input")
+        path, fields = _field_path(owner, item["loc"])
         where = ".".join(path) or owner.__name__
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: {unknown_name('setting', path[-1], _fields_at(owner, path[:-1]))}")
+        if kind == "extra_forbidden":
+            problem = str(unknown_name("setting", path[-1], fields)).removesuffix(".")
         else:
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}; got {item.get('input')!r}.")
-    return "\n".join(lines)
+            problem = item["msg"].removeprefix("Value error, ").removesuffix(".")
+            if kind != "missing" and not (kind == "value_error" and isinstance(value, dict)):
+                received[where] = f"; got {value!r}"
+        problems.setdefault(where, []).append(problem)
+    return "\n".join(
+        f"{where}: {', or '.join(told)}{received.get(where, '')}." for where, told in problems.items()
+    )
 
 
-def _fields_at(owner: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields a nested model has."""
+def _field_path(owner: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The settings a pydantic location goes through, and the fields that the last of them knows.
+
+    Of several alternatives pydantic adds which one it tried; that is left out.
+    """
+    path: list[str] = []
     fields = owner.model_fields
-    for part in path:
-        inner = [a for a in _alternatives(fields[part].annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+    for depth, part in enumerate(location):
+        path.append(str(part))
+        kinds = _alternatives(fields[str(part)].annotation) if part in fields else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not inner:
-            return []
+            if len(kinds) == 1 and get_origin(kinds[0]) in (dict, tuple):
+                path += [str(rest) for rest in location[depth + 1 :]]
+            break
         fields = inner[0].model_fields
-    return list(fields)
+    return path, list(fields)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", (annotation,))
+    """The types a field may have, null aside."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return (annotation,)
+    return tuple(kind for kind in get_args(annotation) if kind is not type(None))
 
 
 class HybridConfig(Settings):
@@ -159,16 +188,20 @@ class Schedule(Settings):
     """How the learning rate falls afterwards."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped at this norm (stage 1: layer by layer)."""
+    save_every: int = Field(default=200, ge=1)
+    """Steps between two training checkpoints, from which a killed run goes on."""
 
     @model_validator(mode="after")
     def _divides(self) -> Schedule:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}"
+            )
         return self
 
 
 class TransferConfig(Schedule):
-    """Stage 1, attention transfer: the maps (and gates) learn the frozen donor's attention, layer by layer."""
+    """Stage 1, attention transfer: maps (and gates) learn the frozen donor's attention, layer by layer."""
 
     objectives: dict[str, float] = Field(default_factory=lambda: {"weights": 1.0})
     """Transfer objectives and their weights in the sum: weights, output, hybrid-output."""
@@ -179,6 +212,8 @@ class TransferConfig(Schedule):
     def _some(self) -> TransferConfig:
         if not self.objectives:
             raise ValueError("objectives must name at least one objective")
+        if any(weight <= 0 for weight in self.objectives.values()):
+            raise ValueError(f"the weights of objectives must be positive, got {self.objectives}")
         return self
 
 
@@ -198,9 +233,15 @@ class FinetuneConfig(Schedule):
     window_dropout: WindowDropout | None = None
     """Scheduled sliding-window dropout; null for none."""
     window_sizes: tuple[int, ...] | None = None
-    """Window sizes to train with, each for an equal share of the steps; the last must be the model's own window."""
+    """Window sizes to train with, each for an equal share of the steps; the last must be the model's own."""
     early_stopping: EarlyStopping | None = None
-    """Stop on the held-out loss; null for never."""
+    """Stop on the held-out loss; null for never. Saves each time it looks, whatever save_every says."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> FinetuneConfig:
+        if self.window_sizes is not None and any(size < 1 for size in self.window_sizes):
+            raise ValueError(f"window_sizes must be at least 1 token each, got {list(self.window_sizes)}")
+        return self
 
 
 class RunConfig(Settings):
@@ -238,7 +279,9 @@ class RunConfig(Settings):
         two_branches = self.hybrid is not None and window is not None and self.hybrid.feature_map is not None
         if tuned.window_dropout is not None and not two_branches:
             raise ValueError("window_dropout needs a hybrid with both branches")
-        if tuned.window_sizes is not None and (window is None or tuned.window_sizes[-1:] != (window,)):
+        if tuned.window_sizes is not None and window is None:
+            raise ValueError("window_sizes needs a hybrid with a window")
+        if tuned.window_sizes is not None and tuned.window_sizes[-1:] != (window,):
             raise ValueError(f"window_sizes must end with the hybrid's window, {window}")
         return self
 
@@ -272,15 +315,16 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
             raise ConfigError(f"expected key=value, for instance finetune.rank=16, got {assignment!r}.")
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{assignment!r}: the value is not YAML: {error}") from None
         branch: dict[str, Any] = {}
         leaf = branch
-        *parents, last = key.strip().split(".")
+        *parents, last = parts
         for parent in parents:
             leaf = leaf.setdefault(parent, {})
         leaf[last] = value
@@ -289,7 +333,15 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people and recipes mean a number."""
+    """YAML 1.1 reads 1e-4 as a string, and takes the last of two equal keys without a word; not here."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                twice = f"{key.value!r} is set twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
@@ -306,7 +358,7 @@ def load_yaml(text: str, *, source: str) -> dict[str, Any]:
         ConfigError: not YAML, or not a mapping; names ``source``.
     """
     try:
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {error}") from None
     if not isinstance(values, dict):

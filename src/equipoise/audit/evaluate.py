@@ -21,8 +21,9 @@ from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_b
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode
 from equipoise.models.adapters import adapters_disabled
-from equipoise.models.branches import branches
+from equipoise.models.branches import branches, converted_mixers
 from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
+from equipoise.models.storage import CheckpointError
 from equipoise.ops.types import Reading
 
 STATES: Mapping[str, tuple[str, Reading]] = {
@@ -103,21 +104,48 @@ def _positions(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RunNote:
-    """What is known of how a model was made, from its `run.json`."""
+    """What is known of how a model was made, from its `run.json`.
+
+    Attributes:
+        recipe, seed, train_tokens, train_seconds: as in the file.
+        source, subset, text_column: the data settings it was made with, if known.
+    """
 
     recipe: str
     seed: int
     train_tokens: int
     train_seconds: float
+    source: str | None = None
+    subset: str | None = None
+    text_column: str | None = None
 
     @classmethod
     def read(cls, directory: Path) -> RunNote:
-        """From a model's directory; one without the file is called by its name."""
+        """From a model's directory; one without the file is called by its name.
+
+        Raises:
+            CheckpointError: the file is not what a conversion writes.
+        """
         path = directory / RUN
         if not path.is_file():
             return cls(directory.name, 0, 0, 0.0)
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return cls(note["recipe"], note["seed"], note["train_tokens"], note["train_seconds"])
+        try:
+            note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            data = note["settings"]["data"]
+            return cls(
+                note["recipe"],
+                note["seed"],
+                note["train_tokens"],
+                float(note["train_seconds"]),
+                data["source"],
+                data["subset"],
+                data["text_column"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: expected what `equipoise convert` writes, got a file that does not read as such "
+                f"({type(error).__name__}: {error}). Remove or restore it."
+            ) from None
 
 
 def audit_model(
@@ -148,6 +176,7 @@ def audit_model(
     Raises:
         ConversionError: the model is not converted, or the donor cannot be run from it.
     """
+    config = converted_mixers(model)[0].config
     setting, beyond, reason = _control(model, max(len(w.input_ids) for w in windows))
 
     def run(context: AbstractContextManager[None]) -> DocumentScores:
@@ -158,14 +187,13 @@ def audit_model(
         name: donor if donor is not None and name == DONOR else run(branches(model, state, reading=reading))
         for name, (state, reading) in STATES.items()
     }
+    with adapters_disabled(model):
+        control = AttentionMode("swa", window=setting.window, sinks=setting.sinks)
+        scores[CONTROL] = run(branches(model, control))
     benefit: Estimate | None = None
-    if setting is not None:
-        with adapters_disabled(model):
-            scores[CONTROL] = run(branches(model, AttentionMode("swa", window=setting.window, sinks=setting.sinks)))
-        if reason is None:
-            benefit, reason = _benefit(scores["both"], scores[CONTROL], resamples, seed)
+    if reason is None:
+        benefit, reason = _benefit(scores["both"], scores[CONTROL], resamples, seed)
     table = ScoreTable.from_nll({name: s.nll for name, s in scores.items()}, scores["both"].tokens)
-    config = mixers_of(model)[0].config
     audit = audit_run(
         table, recipe=note.recipe, seed=note.seed, has_window=config.window is not None,
         has_linear=config.feature_map is not None, facts=_facts(model, note), control=setting,
@@ -183,8 +211,8 @@ def _facts(model: PreTrainedModel, note: RunNote) -> RunFacts:
     )  # fmt: skip
 
 
-def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting | None, int | None, str | None]:
-    """SWA + sinks at equal bytes; the distance beyond both reaches; and why benefit cannot be tested, if so."""
+def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting, int | None, str | None]:
+    """SWA + sinks at equal bytes, the position beyond both reaches, why benefit cannot be tested, if so."""
     window = equal_window(model, sinks=CONTROL_SINKS)
     setting = ControlSetting(window=window, sinks=CONTROL_SINKS, state_bytes=state_bytes(model))
     if mixers_of(model)[0].config.feature_map is None:
@@ -196,11 +224,12 @@ def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting | Non
     own, control = reach(model), reach(model, window=window)
     if own is None or control is None:
         return setting, None, "layers left with full softmax see everything: nothing lies beyond reach"
-    beyond = max(own, control)
-    if beyond >= context - 1:
+    # Sinks are seen from everywhere, so what lies beyond reach starts after them.
+    beyond = max(own + mixers_of(model)[0].config.sinks, control + CONTROL_SINKS)
+    if beyond >= context - 2:  # the last position predicts nothing
         return setting, None, (
-            f"no token lies beyond both reaches (hybrid {own}, SWA + sinks at equal bytes {control}) in a context of "
-            f"{context} tokens"
+            f"no token lies beyond both reaches (hybrid {own}, SWA + sinks at equal bytes {control}) in a "
+            f"context of {context} tokens"
         )  # fmt: skip
     return setting, beyond, None
 
@@ -208,7 +237,7 @@ def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting | Non
 def _benefit(
     hybrid: DocumentScores, control: DocumentScores, resamples: int, seed: int
 ) -> tuple[Estimate | None, str | None]:
-    """Hybrid minus control, in nats per token, over tokens beyond both reaches: paired bootstrap over documents."""
+    """Gain on the control in nats per token beyond both reaches; paired bootstrap over documents."""
     kept = hybrid.far_tokens > 0
     if kept.sum() < 2:
         return None, "fewer than two documents have tokens beyond both reaches"

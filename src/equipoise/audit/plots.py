@@ -102,7 +102,7 @@ def _limits(
 ) -> tuple[float, float]:
     """Axis limits around all intervals, within lowest..highest, with zero and `at_least` in view."""
     ends = [end for row in rows for value in row for end in (value.value, *value.ci95) if math.isfinite(end)]
-    low, high = max(lowest, min(0.0, *ends)), min(highest, max(at_least, *ends))
+    low, high = max(lowest, min([0.0, *ends])), min(highest, max([at_least, *ends]))
     margin = 0.03 * (high - low)
     return low - margin, high + margin
 

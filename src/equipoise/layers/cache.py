@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -81,7 +81,7 @@ class HybridCacheLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         self._map(lambda t: t.to(self.device, non_blocking=True))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -98,8 +98,9 @@ class HybridCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove != 0:
             raise CacheError(
-                f"expected to only go forward, got crop({tokens_to_remove}): a linear-attention state is a running "
-                "sum and cannot drop tokens. Start again from a fresh cache, or decode without an assistant model."
+                f"expected to only go forward, got crop({tokens_to_remove}): a linear-attention state is a "
+                "running sum and cannot drop tokens. Start again from a fresh cache, or decode without an "
+                "assistant model."
             )
 
 
@@ -112,9 +113,7 @@ class HybridCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, mixers: Iterable[HybridMixer]) -> None:
-        layers: list[CacheLayerMixin] = list(DynamicCache(config=config).layers)
-        if not layers:
-            layers = [layer_of() for layer_of in _plain_layers(config)]
+        layers: list[Any] = list(DynamicCache(config=config).layers)
         for mixer in mixers:
             # The softmax (teacher) run needs every key and value, so it keeps the donor's own cache layer.
             if mixer.mode.kind != "softmax":
@@ -128,13 +127,6 @@ class HybridCache(Cache):
             if isinstance(layer, HybridCacheLayer):
                 total += 0 if layer.state is None else layer.state.bytes()
             else:
-                total += sum(
-                    t.numel() * t.element_size() for t in (layer.keys, layer.values) if isinstance(t, Tensor)
-                )
+                held = getattr(layer, "keys", None), getattr(layer, "values", None)
+                total += sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
         return total
-
-
-def _plain_layers(config: PreTrainedConfig) -> list[Callable[[], CacheLayerMixin]]:
-    from transformers.cache_utils import DynamicLayer
-
-    return [DynamicLayer] * config.num_hidden_layers

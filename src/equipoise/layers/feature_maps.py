@@ -1,4 +1,5 @@
-"""Feature maps phi: one learned projection per head, an activation, and (mostly) both signs of the projection.
+"""Feature maps phi: one learned projection per head, an activation, and (mostly) both signs of the
+projection.
 
 Shapes: B batch, heads of the input (H or N), t tokens, D head_dim, F feature dimension (D, 2D or 4D).
 A new map is one class here, or in a file of its own that this one imports, under `FEATURE_MAPS.register`.
@@ -37,7 +38,9 @@ class FeatureMap(nn.Module, ABC):
     def __init__(self, heads: int, head_dim: int, feature_dim: int) -> None:
         super().__init__()
         if self.two_sided and feature_dim % 2:
-            raise ValueError(f"a map that uses both signs needs an even feature dimension, got {feature_dim}.")
+            raise ValueError(
+                f"a map that uses both signs needs an even feature dimension, got {feature_dim}."
+            )
         columns = feature_dim // 2 if self.two_sided else feature_dim
         self.heads, self.feature_dim = heads, feature_dim
         self.weight = nn.Parameter(torch.empty(heads, head_dim, columns))
@@ -72,7 +75,7 @@ FEATURE_MAPS: Registry[type[FeatureMap]] = Registry("feature map")
 
 @FEATURE_MAPS.register("hedgehog")
 class Hedgehog(FeatureMap):
-    """[softmax(xW), softmax(-xW)], clamped at 1e-12 (arXiv 2402.04347, as re-implemented by arXiv 2510.05901)."""
+    """[softmax(xW), softmax(-xW)], clamped at 1e-12 (arXiv 2402.04347, in the form of arXiv 2510.05901)."""
 
     def activation(self, projected: Tensor) -> Tensor:
         return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1).clamp_min(1e-12)
@@ -82,8 +85,8 @@ class Hedgehog(FeatureMap):
 class Exponential(FeatureMap):
     """exp([xW, -xW] - the row's maximum).
 
-    The maximum cancels in phi(q), which is normalised; in phi(k) it does not: it takes each key down to the same
-    largest feature. Without it features reach 6e4 at initialisation, past float16.
+    The maximum cancels in phi(q), which is normalised; in phi(k) it does not: it takes each key down to the
+    same largest feature. Without it features reach 6e4 at initialisation, past float16.
     """
 
     def activation(self, projected: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ class ELU(FeatureMap):
 
 @FEATURE_MAPS.register("none")
 class Identity(FeatureMap):
-    """xW itself, one-sided. Its weights change sign and so do the denominators: a control, not a recommendation."""
+    """xW itself, one-sided. Its weights change sign and so do the denominators: a control, no advice."""
 
     two_sided = False
 

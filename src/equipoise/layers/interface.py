@@ -1,6 +1,7 @@
 """equipoise in transformers' attention interface: one attention function, one mask function, two hooks.
 
-The attention function is the single path of every converted model: teacher runs, hybrids, ablations, decoding.
+The attention function is the single path of every converted model: teacher runs, hybrids, ablations,
+decoding.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def equipoise_attention(
         ValueError: a feature of the donor's attention that the hybrid does not carry over.
     """
     _refuse(attention_mask, dropout, kwargs)
+    if segment_ids is not None:  # one row of positions may stand for the whole batch
+        segment_ids = segment_ids.expand(query.shape[0], -1)
     mixer = mixer_of(module)
     layer = _cache_layer(equipoise_cache, module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -79,13 +82,13 @@ def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor
         return mixer.attend(inputs, mode=mode)[0]
     if not isinstance(layer, HybridCacheLayer):
         raise CacheError(
-            f"expected a cache made by equipoise, got a {type(layer).__name__} layer. Pass past_key_values=None, "
-            "or model.make_cache()."
+            f"expected a cache made by equipoise, got a {type(layer).__name__} layer. Pass "
+            "past_key_values=None, or model.make_cache()."
         )
-    if layer.mode is not mode:
+    if not layer.mode.same_as(mode):
         raise CacheError(
-            "the model's branches were switched after this cache was made: its state was summed for other branches. "
-            "Make the cache inside the `branches` block that uses it."
+            "the model's branches were switched after this cache was made: its state was summed for other "
+            "branches. Make the cache inside the `branches` block that uses it."
         )
     out, state = mixer.attend(inputs, mode=mode, state=layer.state, keep_state=True)
     layer.commit(state)
@@ -95,26 +98,29 @@ def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor
 def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"expected a 2D padding mask [batch, tokens], got a mask of shape {list(attention_mask.shape)}. Custom "
-            "4D masks have no counterpart in linear attention; for packed sequences pass segment_ids."
+            f"expected a 2D padding mask [batch, tokens], got a mask of shape {list(attention_mask.shape)}. "
+            "Custom 4D masks have no counterpart in linear attention; for packed sequences pass segment_ids."
         )
     if dropout:
         raise ValueError(f"expected attention dropout 0, got {dropout}: set config.attention_dropout = 0.")
-    if isinstance(kwargs.get("cache"), object) and kwargs.get("cache") is not None:
-        raise ValueError("paged continuous batching keeps keys and values in pages; a hybrid's state has none.")
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            "paged continuous batching keeps keys and values in pages; a hybrid's state has none."
+        )
     for name, meaning in (("s_aux", "attention sinks as logits"), ("position_bias", "position biases")):
         if kwargs.get(name) is not None:
             raise ValueError(f"this donor uses {meaning} ({name}), which converted layers do not carry over.")
 
 
 def _last(mask: Tensor | None, count: int) -> Tensor | None:
-    """The mask of the last ``count`` tokens as bools; None when it hides nothing it would need to hide."""
+    """The mask of the last ``count`` tokens as bools; None when it hides nothing."""
     if mask is None:
         return None
     mask = mask[:, -count:]
     if mask.shape[1] < count:
         raise ValueError(
-            f"expected an attention mask that covers past and new tokens ({count} or more), got {mask.shape[1]}."
+            f"expected an attention mask that covers past and new tokens ({count} or more), got "
+            f"{mask.shape[1]}."
         )
     mask = mask.bool()
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
@@ -139,17 +145,22 @@ AttentionMaskInterface.register(ATTENTION, equipoise_mask)
 # ---- hooks: the interface does not hand the cache to the attention function, nor lets it choose one
 
 
-def pass_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def pass_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Pre-hook of self_attn: the cache travels on through **kwargs."""
     kwargs["equipoise_cache"] = kwargs.get("past_key_values")
     return args, kwargs
 
 
-def prepare_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def prepare_decoder(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Pre-hook of the decoder: choose the cache, and name the segments of packed rows.
 
     Raises:
         CacheError: a cache of another kind with tokens in it.
+        ValueError: packed sequences on top of a cache.
     """
     config: Any = decoder.config
     cache = kwargs.get("past_key_values")
@@ -162,8 +173,13 @@ def prepare_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             kwargs["past_key_values"] = HybridCache(config, mixers_of(decoder))
     elif not isinstance(cache, HybridCache):
         _adopt(cache, config, decoder)
-    if cache is None and kwargs.get("attention_mask") is None and kwargs.get("segment_ids") is None:
+    if kwargs.get("attention_mask") is None and kwargs.get("segment_ids") is None:
         segments = _segments_of(kwargs.get("position_ids"))
+        if segments is not None and cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "these position_ids restart, as for packed sequences, but the cache holds an earlier part "
+                "without segments: pass segment_ids with every part, or start from past_key_values=None."
+            )
         if segments is not None:
             kwargs["segment_ids"] = segments
     return args, kwargs
@@ -171,10 +187,14 @@ def prepare_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def _adopt(cache: Any, config: Any, decoder: nn.Module) -> None:
     """Fill a fresh cache that transformers made with layers that fit the hybrid."""
+    stateful = [mixer for mixer in mixers_of(decoder) if mixer.mode.kind != "softmax"]
+    taken = any(isinstance(layer, HybridCacheLayer) for layer in getattr(cache, "layers", ()))
+    if taken or not stateful:  # filled by us before, or asked to keep every key, as any cache does
+        return
     if not isinstance(cache, Cache) or cache.get_seq_length() > 0:
         raise CacheError(
-            f"expected a HybridCache, got a {type(cache).__name__} with tokens in it: its keys were never folded "
-            "into a state. Start from past_key_values=None."
+            f"expected a HybridCache, got a {type(cache).__name__} with tokens in it: its keys were never "
+            "folded into a state. Start from past_key_values=None."
         )
     cache.layers = HybridCache(config, mixers_of(decoder)).layers
     cache.layer_class_to_replicate = None

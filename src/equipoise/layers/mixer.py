@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,9 +34,24 @@ class AttentionMode:
     """
 
     kind: Literal["hybrid", "softmax", "swa", "none"] = "hybrid"
-    branches: Branches = Branches()
+    branches: Branches = field(default_factory=Branches)
     window: int | None = None
     sinks: int = 0
+
+    def same_as(self, other: AttentionMode) -> bool:
+        """Whether both run the same; `==` cannot say so where branches differ by row."""
+        if self is other:
+            return True
+        ours, theirs = self.branches, other.branches
+        return (self.kind, self.window, self.sinks, ours.reading) == (
+            other.kind, other.window, other.sinks, theirs.reading,
+        ) and _same_flag(ours.window, theirs.window) and _same_flag(ours.linear, theirs.linear)  # fmt: skip
+
+
+def _same_flag(one: bool | Tensor, other: bool | Tensor) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return one is other
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,8 @@ class LayerInputs:
     """What one layer's attention received: the donor's view of it, handed to observers.
 
     Attributes:
-        q, k, v: after rotary embedding.
+        q, k, v: after rotary embedding; k and v of S tokens, the last T of them new (S > T only where a layer
+            with softmax attention reads its cache).
         scale, softcap: of the donor's scores.
         key_mask: real tokens; None when all are.
         segment_ids: packed sequences; None when there is one.
@@ -52,11 +68,11 @@ class LayerInputs:
     """
 
     q: Float[Tensor, "B H T D"]
-    k: Float[Tensor, "B N T D"]
-    v: Float[Tensor, "B N T E"]
+    k: Float[Tensor, "B N S D"]
+    v: Float[Tensor, "B N S E"]
     scale: float
     softcap: float | None = None
-    key_mask: Bool[Tensor, "B T"] | None = None
+    key_mask: Bool[Tensor, "B S"] | None = None
     segment_ids: Int[Tensor, "B T"] | None = None
     sliding_window: int | None = None
 
@@ -84,7 +100,9 @@ class HybridMixer(nn.Module):
         UnknownNameError: no such feature map or mixing rule.
     """
 
-    def __init__(self, config: HybridConfig, *, heads: int, kv_heads: int, head_dim: int, layer_idx: int) -> None:
+    def __init__(
+        self, config: HybridConfig, *, heads: int, kv_heads: int, head_dim: int, layer_idx: int
+    ) -> None:
         super().__init__()
         MIXING_RULES[config.mixing]
         self.config, self.layer_idx = config, layer_idx
@@ -117,9 +135,14 @@ class HybridMixer(nn.Module):
         return self.config.gate_value if self.gate_logit is None else self.gate_logit.sigmoid()
 
     def attend(
-        self, inputs: LayerInputs, *, mode: AttentionMode, state: AttentionState | None = None, keep_state: bool = False
+        self,
+        inputs: LayerInputs,
+        *,
+        mode: AttentionMode,
+        state: AttentionState | None = None,
+        keep_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
-        """Attention of this layer in a given mode (any but ``softmax``) [B, H, T, E], and the state if kept."""
+        """Attention of this layer in any mode but ``softmax`` [B, H, T, E], and the state if kept."""
         if mode.kind == "none":
             q, v = inputs.q, inputs.v
             return q.new_zeros(*q.shape[:3], v.shape[-1]), None
@@ -129,7 +152,9 @@ class HybridMixer(nn.Module):
                 softcap=inputs.softcap, key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
                 initial_state=state, output_final_state=keep_state,
             )  # fmt: skip
-        return self.hybrid(inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state)
+        return self.hybrid(
+            inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state
+        )
 
     def hybrid(
         self,

@@ -28,8 +28,8 @@ def donor_attention(inputs: LayerInputs) -> Tensor:
         return _softcapped(inputs)
     mask = _mask(inputs)
     return functional.scaled_dot_product_attention(
-        inputs.q, inputs.k, inputs.v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=inputs.scale,
-        enable_gqa=inputs.q.shape[1] != inputs.k.shape[1],
+        inputs.q, inputs.k, inputs.v, attn_mask=mask, is_causal=mask is None and queries > 1,
+        scale=inputs.scale, enable_gqa=inputs.q.shape[1] != inputs.k.shape[1],
     )  # fmt: skip
 
 
@@ -49,6 +49,11 @@ def _mask(inputs: LayerInputs) -> Tensor | None:
         mask = mask & (inputs.key_mask[:, None, None] | (i == j))
     if inputs.segment_ids is not None:
         segments = inputs.segment_ids
+        if segments.shape[1] != keys:
+            raise ValueError(
+                f"expected segment_ids of all {keys} keys, got {segments.shape[1]}: a layer with softmax "
+                "attention does not remember the segments of its cache. Start from past_key_values=None."
+            )
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask
 
@@ -77,9 +82,10 @@ def _windowed(inputs: LayerInputs, window: int) -> Tensor:
         fill = count - (cut.stop - cut.start)
         valid = torch.ones(inputs.q.shape[0], past, dtype=torch.bool, device=inputs.q.device)
         valid = valid if key_mask is None else key_mask[:, :past]
+        absent = ~valid[:, None, cut, None]
         state = AttentionState(
-            keys=functional.pad(inputs.k[:, :, cut], (0, 0, fill, 0)),
-            values=functional.pad(inputs.v[:, :, cut], (0, 0, fill, 0)),
+            keys=functional.pad(inputs.k[:, :, cut].masked_fill(absent, 0), (0, 0, fill, 0)),
+            values=functional.pad(inputs.v[:, :, cut].masked_fill(absent, 0), (0, 0, fill, 0)),
             valid=functional.pad(valid[:, cut], (fill, 0), value=False),
         )
         key_mask = None if key_mask is None else key_mask[:, past:]

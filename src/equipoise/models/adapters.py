@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from equipoise.models.storage import load_tensors
 
 ADAPTER = "default"
 FOLDER = "lora"
-"""Sub-folder of a checkpoint: an adapter_config.json at the root would send transformers' Auto classes to peft."""
+"""Sub-folder of a checkpoint: an adapter_config.json at the root would send the Auto classes to peft."""
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -29,12 +32,21 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Iterable[str
     Raises:
         ValueError: no module of the model has one of the names (peft's message lists them).
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets))  # pyright: ignore[reportArgumentType]
+    scaling: Any = alpha  # peft's annotation allows whole numbers only
+    config = LoraConfig(r=rank, lora_alpha=scaling, target_modules=sorted(targets))
+    _inject(config, model)
+
+
+def _inject(config: LoraConfig, model: nn.Module) -> None:
     inject_adapter_in_model(config, model, ADAPTER)
     for layer in adapter_layers(model):
         for name, parameter in layer.named_parameters():  # pyright: ignore
             if "lora_" in name:  # float32 masters under whatever the donor is held in
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _config_of(model: Any) -> Any:
+    return model.peft_config[ADAPTER]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -64,24 +76,26 @@ def save_lora(model: nn.Module, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
-    config = model.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue]
-    config.save_pretrained(str(directory))
+    _config_of(model).save_pretrained(str(directory))
 
 
 def load_lora(model: nn.Module, directory: Path) -> None:
     """Inject the adapters that `save_lora` wrote.
 
     Raises:
+        CheckpointError: the file is damaged.
         ValueError: the file's weights are not those of these adapters.
     """
-    config = LoraConfig.from_pretrained(str(directory))
-    inject_adapter_in_model(config, model, ADAPTER)
-    result = set_peft_model_state_dict(model, load_file(directory / WEIGHTS), adapter_name=ADAPTER)
+    weights = load_tensors(directory / WEIGHTS)
+    config: Any = LoraConfig.from_pretrained(str(directory))
+    _inject(config, model)
+    result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
     missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
+    odd = missing + list(result.unexpected_keys)
+    if odd:
         raise ValueError(
             f"{directory}: the adapters do not fit the model: {len(missing)} weights missing, "
-            f"{len(result.unexpected_keys)} unexpected (first: {(missing + list(result.unexpected_keys))[0]})."
+            f"{len(result.unexpected_keys)} unexpected (first: {odd[0]})."
         )
     for layer in adapter_layers(model):
         layer.requires_grad_(False)  # pyright: ignore
@@ -100,18 +114,17 @@ def unload_lora(model: nn.Module, *, merge: bool) -> None:
         del model.peft_config
 
 
-def base_state_dict(model: nn.Module) -> dict[str, object]:
-    """The model's weights under their own names, without adapters."""
+def base_state_dict(model: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's weights (or those given, gathered elsewhere) under their own names, without adapters."""
+    weights = model.state_dict() if weights is None else weights
     return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name
     }
 
 
 def save_adapter_checkpoint(model: nn.Module, directory: Path, donor: str) -> None:
-    """Write the adapters of an unconverted model as a peft checkpoint, which transformers loads on its own."""
-    config = model.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue]
+    """Write the adapters of an unconverted model as a peft checkpoint, which transformers loads by itself."""
+    config = _config_of(model)
     config.base_model_name_or_path = str(Path(donor).resolve()) if Path(donor).is_dir() else donor
     config.task_type = "CAUSAL_LM"
     save_lora(model, directory)

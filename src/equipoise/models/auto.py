@@ -1,7 +1,7 @@
 """``equipoise_<type>`` configuration and model classes, registered with transformers' Auto classes.
 
-A directory holds either full weights or a delta: configuration, mixers, LoRA in a sub-folder, the donor by name.
-``AutoModelForCausalLM.from_pretrained(directory)`` loads both once equipoise is imported.
+A directory holds either full weights or a delta: configuration, mixers, LoRA in a sub-folder, the donor by
+name. ``AutoModelForCausalLM.from_pretrained(directory)`` loads both once equipoise is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -24,7 +27,7 @@ from equipoise.layers.cache import HybridCache
 from equipoise.layers.interface import ATTENTION, mixers_of
 from equipoise.models import adapters, storage
 from equipoise.models.families import SUPPORTED, ConversionError
-from equipoise.models.surgery import attach, hybridize
+from equipoise.models.surgery import attach, config_as, hybridize
 
 PREFIX = "equipoise_"
 
@@ -32,10 +35,12 @@ PREFIX = "equipoise_"
 class HybridModel(PreTrainedModel):
     """What all ``Equipoise…ForCausalLM`` classes add to the donor's class: loading, saving, the cache."""
 
-    _keep_in_fp32_modules_strict = {"hybrid"}  # noqa: RUF012 (transformers reads a plain class attribute)
+    _keep_in_fp32_modules_strict = {"hybrid"}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """Load a full or delta checkpoint, local or from the Hub; keywords as in transformers.
 
         Raises:
@@ -43,30 +48,39 @@ class HybridModel(PreTrainedModel):
         """
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
         if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            config_class: Any = cls.config_class
+            config = config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         described = config.equipoise or {}
         if described.get("checkpoint") == "delta":
-            model = cls._load_delta(pretrained_model_name_or_path, config, hub, *args, **kwargs)
+            loaded = cls._load_delta(pretrained_model_name_or_path, config, hub, *args, **kwargs)
         else:
-            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         if described.get("lora"):
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
             adapters.load_lora(model, storage.lora_folder(pretrained_model_name_or_path, hub))
-        return model
+        return loaded
 
     @classmethod
     def _load_delta(cls, path: Any, config: Any, hub: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         described = config.equipoise
-        donor, revision = storage.resolve_donor(path, described["donor"])
-        _, donor_class = donor_classes_of(config.model_type)
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "output_loading_info")}
-        model = donor_class.from_pretrained(donor, *args, revision=revision or "main", **kwargs)
+        donor, revision = storage.resolve_donor(path, described.get("donor"))
+        donor_config_class, donor_class = donor_classes_of(config.model_type)
+        # The delta's own settings count, not the donor's: they may have been changed for the conversion.
+        donor_config = config_as(config, donor_config_class)
+        donor_config._attn_implementation = getattr(config, "equipoise_donor_attention", None)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")}
+        loaded = donor_class.from_pretrained(
+            donor, *args, config=donor_config, revision=revision or "main", **kwargs
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         hybridize(model, parse(HybridConfig, described["hybrid"]), check=False)
         storage.load_mixers(model, path, hub)
         model.config.equipoise = dict(described)
         model.config.name_or_path = str(path)
-        return model.eval()
+        model.eval()
+        return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, delta: bool = False, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(self, save_directory: Any, *args: Any, delta: bool = False, **kwargs: Any) -> None:
         """Save the model: full weights, or (``delta``) only what conversion added, a few MB beside the donor.
 
         Adapters stay apart in ``lora/`` either way, so the donor can still be run from the checkpoint.
@@ -74,27 +88,31 @@ class HybridModel(PreTrainedModel):
         Raises:
             ConversionError: a delta of a model whose donor is not known, or whose adapters are merged.
         """
+        if not kwargs.get("is_main_process", True):
+            return
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         lora = adapters.has_adapters(self)
         described = dict(self.config.equipoise or {}, checkpoint="delta" if delta else "full", lora=lora)
         if delta and (described.get("donor") is None or described.get("merged")):
             raise ConversionError(
-                "a delta checkpoint names the donor it belongs to, and needs its weights unchanged: set the donor with "
-                "record_donor(model, name_or_path) and do not merge adapters, or save with delta=False."
+                "a delta checkpoint names the donor it belongs to, and needs its weights unchanged: set the "
+                "donor with record_donor(model, name_or_path) and do not merge adapters, or save with "
+                "delta=False."
             )
         self.config.equipoise = described
         if lora:
             adapters.save_lora(self, directory / adapters.FOLDER)
+        base = adapters.base_state_dict(self, kwargs.get("state_dict"))
         if not delta:
-            kwargs["state_dict"] = adapters.base_state_dict(self)
+            kwargs["state_dict"] = base
             super().save_pretrained(directory, *args, **kwargs)
             return
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(directory)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(directory)
-        weights = {n: t.contiguous() for n, t in adapters.base_state_dict(self).items() if ".hybrid." in n}  # pyright: ignore
+        weights = {name: tensor.contiguous() for name, tensor in base.items() if ".hybrid." in name}
         storage.write_atomically(directory / storage.MIXERS, lambda p: save_file(weights, p))
 
     def make_cache(self) -> HybridCache:
@@ -108,12 +126,13 @@ class HybridModel(PreTrainedModel):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if kind not in (None, "dynamic", "static"):
                 raise ValueError(
-                    f"cache_implementation={kind!r} does not apply to a hybrid: its decode state is constant in size "
-                    "and held in float32. Leave cache_implementation unset."
+                    f"cache_implementation={kind!r} does not apply to a hybrid: its decode state is constant "
+                    "in size and held in float32. Leave cache_implementation unset."
                 )
             model_kwargs["past_key_values"] = self.make_cache()
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        inherited: Any = super()
+        return inherited._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def initialize_weights(self) -> None:
         """Mixers know how to initialise themselves; the donor's rule would fill them with its own noise."""
@@ -130,8 +149,8 @@ class HybridModel(PreTrainedModel):
 def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
     """(configuration class, model class) for hybrids of a donor type, made and registered on first use."""
     module = sys.modules[__name__]
-    donor_config = CONFIG_MAPPING[donor_type]
-    donor_class = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config]
+    donor_config: Any = CONFIG_MAPPING[donor_type]
+    donor_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config]
     config_class = type(
         "Equipoise" + donor_config.__name__,
         (donor_config,),
@@ -144,14 +163,14 @@ def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
         },
     )
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         config._attn_implementation = ATTENTION
         super(model_class, self).__init__(config, *args, **kwargs)  # type: ignore[misc]
         described = config.equipoise
         if described is None:
             raise ConversionError(
-                f"{PREFIX}{donor_type}: the configuration does not say how to convert (no 'equipoise' entry); "
-                "make models of this class with hybridize() or from_pretrained()."
+                f"{PREFIX}{donor_type}: the configuration does not say how to convert (no 'equipoise' "
+                "entry); make models of this class with hybridize() or from_pretrained()."
             )
         attach(self, parse(HybridConfig, described["hybrid"]))
         self.post_init()
@@ -161,16 +180,18 @@ def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
         (HybridModel, donor_class),
         {
             "config_class": config_class,
-            "__init__": __init__,
+            "__init__": initialise,
             "__module__": __name__,
             "__doc__": f"A {donor_type} model converted by equipoise.",
         },
     )
     for made in (config_class, model_class):
         setattr(module, made.__name__, made)
+        # `transformers serve` looks classes up there by name; the module object may change while it is imported
+        setattr(sys.modules["transformers"], made.__name__, made)
     AutoConfig.register(PREFIX + donor_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    mapping = get_checkpoint_conversion_mapping(donor_type)
+    mapping: Any = get_checkpoint_conversion_mapping(donor_type)
     if mapping is not None:  # mixture-of-experts checkpoints fuse their experts on loading
         register_checkpoint_conversion_mapping(PREFIX + donor_type, mapping, overwrite=True)
     return config_class, model_class
@@ -184,8 +205,9 @@ def donor_classes_of(model_type: str) -> tuple[type[Any], type[Any]]:
     """
     if not model_type.startswith(PREFIX):
         raise ConversionError(f"expected a converted model, got model type {model_type!r}.")
-    config = CONFIG_MAPPING[model_type.removeprefix(PREFIX)]
-    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    config: Any = CONFIG_MAPPING[model_type.removeprefix(PREFIX)]
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    return config, model
 
 
 def register_all() -> None:
@@ -201,13 +223,13 @@ def record_donor(model: nn.Module, name_or_path: str) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Fold the LoRA adapters into the weights: faster, but the donor cannot be run from the model any more."""
+    """Fold the LoRA adapters into the weights: faster, but the donor cannot be run from the model then."""
     adapters.unload_lora(model, merge=True)
     config: Any = model.config
     config.equipoise = dict(config.equipoise, merged=True, lora=False)
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """The ``equipoise`` entry of a local checkpoint's config.json; empty where it is not a converted model."""
+    """The ``equipoise`` entry of a local checkpoint's config.json; empty where there is none."""
     path = directory / "config.json"
     return json.loads(path.read_text()).get("equipoise") or {} if path.is_file() else {}

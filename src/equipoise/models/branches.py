@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from torch import nn
 
@@ -17,8 +16,9 @@ from equipoise.ops.types import Reading
 from equipoise.registry import unknown_name
 
 BRANCH_STATES = ("both", "window", "linear", "none", "sinks", "softmax", "softmax_lora")
-"""both: the hybrid. window, linear: one branch alone. none: attention outputs 0. sinks: softmax over the first
-eight keys. softmax: the donor (its own attention, adapters off). softmax_lora: the same with adapters on."""
+"""both: the hybrid. window, linear: one branch alone. none: attention outputs 0. sinks: softmax over the
+first eight keys. softmax: the donor (its own attention, adapters off). softmax_lora: the same with adapters
+on."""
 
 
 def mode_of(state: str, reading: Reading = "literal") -> AttentionMode:
@@ -47,7 +47,8 @@ def converted_mixers(model: nn.Module) -> list[HybridMixer]:
     mixers = mixers_of(model)
     if not mixers:
         raise ConversionError(
-            f"expected a converted model, got a {type(model).__name__} without hybrid layers: call hybridize() first."
+            f"expected a converted model, got a {type(model).__name__} without hybrid layers: call "
+            "hybridize() first."
         )
     return mixers
 
@@ -74,8 +75,7 @@ def branches(
         mode = mode_of(state, reading)
     else:
         mode = state if isinstance(state, AttentionMode) else AttentionMode("hybrid", state)
-    config: Any = getattr(model, "config", None)
-    if state == "softmax" and (getattr(config, "equipoise", None) or {}).get("merged"):
+    if state == "softmax" and _merged(model):
         raise ConversionError(
             "the LoRA adapters of this checkpoint are merged, so the donor cannot be run from it: "
             "use 'softmax_lora', or a checkpoint saved without merging."
@@ -89,6 +89,12 @@ def branches(
         finally:
             for mixer, old in zip(mixers, before, strict=True):
                 mixer.mode = old
+
+
+def _merged(model: nn.Module) -> bool:
+    """Whether the model, or one inside these wrappers, has its adapters merged."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any((getattr(config, "equipoise", None) or {}).get("merged") for config in configs)
 
 
 @contextmanager
@@ -105,10 +111,11 @@ def capture(model: nn.Module, observer: Observer) -> Generator[None]:
 def observe(model: nn.Module, observer: Observer) -> Generator[None]:
     """Hand every converted layer's inputs and output to ``observer``, in whatever mode the model runs."""
     mixers = converted_mixers(model)
+    before = [mixer.observer for mixer in mixers]
     try:
         for mixer in mixers:
             mixer.observer = observer
         yield
     finally:
-        for mixer in mixers:
-            mixer.observer = None
+        for mixer, old in zip(mixers, before, strict=True):
+            mixer.observer = old

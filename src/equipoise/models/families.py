@@ -1,6 +1,6 @@
 """Which donors convert, and why the others do not.
 
-A family is listed once its conversion is tested: decode equal to the full forward, padding, reload, teacher parity.
+A family is listed once its conversion is tested: decode equal to the full forward, padding, reload, parity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ SUPPORTED: tuple[str, ...] = (
 )
 
 _OWN_ATTENTION = "computes attention inside its own modules and ignores transformers' attention interface"
-_LATENT = "uses multi-head latent attention (MLA): keys and values are one compressed latent, not k and v per head"
+_LATENT = (
+    "uses multi-head latent attention (MLA): keys and values are one compressed latent, not k and v per head"
+)
 _HYBRID = "is a hybrid already: some of its layers are recurrent"
 
 REFUSED: dict[str, str] = {
@@ -29,7 +31,7 @@ REFUSED: dict[str, str] = {
     "gptj": _OWN_ATTENTION,
     "ctrl": _OWN_ATTENTION,
     "gpt_bigcode": f"{_OWN_ATTENTION} (multi-query attention over one shared key/value head)",
-    "diffllama": "subtracts two attention maps per layer (differential attention), so one hybrid per layer is not it",
+    "diffllama": "subtracts two attention maps per layer (differential attention): one hybrid is not it",
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "minicpm3": _LATENT,
@@ -38,7 +40,8 @@ REFUSED: dict[str, str] = {
     "gemma3": "is the vision-language model; convert its text model (gemma3_text)",
     **dict.fromkeys(
         (
-            "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba", "mamba2",
+            "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba",
+            "mamba2",
             "minimax", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
         ),
         _HYBRID,
@@ -60,7 +63,8 @@ def check_family(model_type: str) -> None:
         return
     if model_type.startswith("equipoise_"):
         raise ConversionError(
-            f"this model ({model_type}) is converted already; call revert(model) first to convert it otherwise."
+            f"this model ({model_type}) is converted already; call revert(model) first to convert it "
+            "otherwise."
         )
     reason = REFUSED.get(model_type)
     if reason is not None:

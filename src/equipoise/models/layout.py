@@ -1,4 +1,4 @@
-"""The layers of a model: which are converted, which are local, how far they reach, what their state weighs."""
+"""The layers of a model: which are converted or local, how far they reach, what their state weighs."""
 
 from __future__ import annotations
 
@@ -58,15 +58,17 @@ def selected_layers(config: Any, hybrid: HybridConfig, count: int) -> frozenset[
     """
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ConversionError(f"cannot convert {config.model_type!r}: layers of type {sorted(kinds)} are unknown here.")
+        raise ConversionError(
+            f"cannot convert {config.model_type!r}: layers of type {sorted(kinds)} are unknown here."
+        )
     if hybrid.layers == "all":
         return frozenset(range(count))
     if hybrid.layers == "global":
         chosen = frozenset(i for i in range(count) if not is_local(config, i))
         if not chosen:
             raise ConversionError(
-                f"nothing to convert: all {count} layers of this {config.model_type} are local already (window "
-                f"{config.sliding_window}). Set layers='all' to convert them too."
+                f"nothing to convert: all {count} layers of this {config.model_type} are local already "
+                f"(window {config.sliding_window}). Set layers='all' to convert them too."
             )
         return chosen
     wrong = [i for i in hybrid.layers if not 0 <= i < count]
@@ -90,8 +92,9 @@ def report_layers(model: nn.Module) -> LayerReport:
 def reach(model: nn.Module, *, window: int | None = None) -> int | None:
     """How many tokens back information can travel through stacked windows alone; None if without limit.
 
-    A sliding window relays w - 1 tokens a layer; terraced windows one block of w a layer, and w - 1 once more.
-    Beyond reach only the linear branch (or a sink) can answer. Layers left with full softmax make it unlimited.
+    A sliding window relays w - 1 tokens a layer; terraced windows one block of w a layer, and w - 1 once
+    more. Beyond reach only the linear branch (or a sink) can answer. Layers left with full softmax make it
+    unlimited.
 
     Args:
         model: a converted model.
@@ -122,7 +125,8 @@ STATE_BYTES = 4
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Decode state of the converted layers for one sequence, in bytes: K, V and sinks in bfloat16, S and z in float32.
+    """Decode state of the converted layers for one sequence, in bytes: K, V and sinks in bfloat16, S and z in
+    float32.
 
     Counts w tokens of K and V a layer (terraced: 2 w) and every feature of S and z.
     """
@@ -141,7 +145,7 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def equal_window(model: nn.Module, *, sinks: int = 4) -> int:
-    """The window with which training-free SWA + sinks takes the bytes of `state_bytes`, the same in every layer."""
+    """The window with which training-free SWA + sinks, the same in every layer, takes as many bytes."""
     per_token = sum(
         2 * mixer.kv_heads * mixer.head_dim * KV_BYTES
         for module in attention_modules(model)

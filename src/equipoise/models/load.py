@@ -7,27 +7,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from equipoise.models.families import check_family
 from equipoise.models.storage import CheckpointError, load_tensors
 
+ADAPTERS = "adapter_config.json"
+"""What a directory of peft adapters has."""
 
-def load_donor(name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+
+def load_donor(
+    name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a causal language model to convert: float32 on CPU, its own dtype on a GPU; safetensors only.
 
     Raises:
         CheckpointError: not a model, no weights, weights damaged or only as pickles.
         ConversionError: a family that does not convert (found out before any weight is read).
     """
-    config = _config(name_or_path, trust_remote_code)
+    if (Path(name_or_path) / ADAPTERS).is_file():
+        raise CheckpointError(
+            f"{name_or_path}: expected a whole model to convert, got adapters of one. Merge them into "
+            "their model first (peft's merge_and_unload) and save that."
+        )
+    config = load_config(name_or_path, trust_remote_code=trust_remote_code)
     check_family(str(config.model_type))
     return _load(name_or_path, device, trust_remote_code)
 
 
 def load_model(name_or_path: str, *, device: str | None = None) -> PreTrainedModel:
     """Load any model transformers knows, converted ones included; errors as in `load_donor`."""
-    _config(name_or_path, False)
+    load_config(name_or_path)
     return _load(name_or_path, device, False)
 
 
@@ -41,13 +57,22 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{name_or_path}: no tokenizer found beside the model ({_first_line(error)}). Copy tokenizer.json and "
-            "tokenizer_config.json there."
+            f"{name_or_path}: no tokenizer found beside the model ({_first_line(error)}). Copy "
+            "tokenizer.json and tokenizer_config.json there."
         ) from None
 
 
-def _config(name_or_path: str, trust_remote_code: bool) -> Any:
+def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
+    """Read a model's configuration, and look whether its weights can be there; only small ones are read.
+
+    A directory of adapters alone (as recipe lora-only makes) has its base model's.
+
+    Raises:
+        CheckpointError: not a model, no weights, weights damaged or only as pickles.
+    """
     path = Path(name_or_path)
+    if path.is_dir() and (path / ADAPTERS).is_file() and not (path / "config.json").is_file():
+        return load_config(_base_of(path), trust_remote_code=trust_remote_code)
     if path.is_dir():
         _check_directory(path)
     elif path.exists():
@@ -56,8 +81,23 @@ def _config(name_or_path: str, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{name_or_path}: expected a local model directory or a model's name on the Hub; {_first_line(error)}"
+            f"{name_or_path}: expected a local model directory or a model's name on the Hub; "
+            f"{_first_line(error)}"
         ) from None
+
+
+def _base_of(path: Path) -> str:
+    """The model that a directory of adapters belongs to."""
+    try:
+        base = str(json.loads((path / ADAPTERS).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / ADAPTERS}: not peft's description of adapters ({error}).") from None
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise CheckpointError(
+            f"{path}: these are adapters of the model {base}, which is not there. Put it back, or correct "
+            f"base_model_name_or_path in {ADAPTERS}."
+        )
+    return base
 
 
 def _check_directory(path: Path) -> None:
@@ -67,9 +107,13 @@ def _check_directory(path: Path) -> None:
         described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}/config.json: not JSON ({error}).") from None
-    delta = (described.get("equipoise") or {}).get("checkpoint") == "delta" if isinstance(described, dict) else False
+    delta = (
+        (described.get("equipoise") or {}).get("checkpoint") == "delta"
+        if isinstance(described, dict)
+        else False
+    )
     weights = sorted(path.glob("*.safetensors"))
-    if not weights and not delta and not (path / "adapter_config.json").is_file():
+    if not weights and not delta and not (path / ADAPTERS).is_file():
         pickles = [p.name for p in path.glob("*.bin")]
         hint = f" Only {pickles[0]} is there: save the model again as safetensors." if pickles else ""
         raise CheckpointError(f"{path}: expected weights (*.safetensors), found none.{hint}")
@@ -91,7 +135,8 @@ def _load(name_or_path: str, device: str | None, trust_remote_code: bool) -> Pre
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"{name_or_path}: a weights file is damaged or cut off ({error}).") from None
-    return model.to(where).eval()
+    on_device: Any = model
+    return on_device.to(where).eval()
 
 
 def _first_line(error: BaseException) -> str:

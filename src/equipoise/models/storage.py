@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 MIXERS = "hybrid.safetensors"
 """Feature maps and gates in a delta checkpoint."""
-_SAMPLE = 1 << 20
+_HEAD, _SAMPLES, _SAMPLE = 1 << 20, 256, 1 << 12
 
 
 class CheckpointError(RuntimeError):
@@ -40,15 +40,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """Hash of a local donor's weights: names, sizes, headers and first MiB of each safetensors file."""
+    """Hash of a local donor's weights: of each safetensors file name, size, first MiB and 256 pages spread
+    over the rest."""
     digest = hashlib.sha256()
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory}: expected the donor's *.safetensors files, found none.")
     for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
+            digest.update(file.read(_HEAD))
+            for offset in range(_HEAD, size, max(_SAMPLE, size // _SAMPLES)):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
 
 
@@ -74,12 +79,12 @@ def resolve_donor(checkpoint: Any, described: dict[str, Any] | None) -> tuple[st
     name, expected = str(described["name"]), described.get("fingerprint")
     if expected is None:
         return name, described.get("revision")
-    places = [Path(name), Path(str(checkpoint)).parent / Path(name).name]
+    places = [Path(name), Path(str(checkpoint)).resolve().parent / Path(name).name]
     found = [place for place in places if place.is_dir()]
     if not found:
         raise CheckpointError(
-            f"{checkpoint}: this is a delta of the donor {name}, which is not there. Put the donor back, or beside "
-            f"the checkpoint as {places[1]}."
+            f"{checkpoint}: this is a delta of the donor {name}, which is not there. Put the donor back, or "
+            f"beside the checkpoint as {places[1]}."
         )
     for place in found:
         if fingerprint(place) == expected:
@@ -101,7 +106,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a safetensors file, found none.") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy or make it again.") from None
+        raise CheckpointError(
+            f"{path}: not a complete safetensors file ({error}); copy or make it again."
+        ) from None
 
 
 def load_mixers(model: nn.Module, checkpoint: Any, hub: dict[str, Any]) -> None:
@@ -138,5 +145,7 @@ def _file(checkpoint: Any, name: str, hub: dict[str, Any]) -> Path:
         return local / name
     found = cached_file(checkpoint, name, **hub)
     if found is None:
-        raise CheckpointError(f"{checkpoint}: expected {name} on the Hub, found none; the checkpoint is incomplete.")
+        raise CheckpointError(
+            f"{checkpoint}: expected {name} on the Hub, found none; the checkpoint is incomplete."
+        )
     return Path(found)

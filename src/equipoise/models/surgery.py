@@ -7,8 +7,8 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from equipoise.config import HybridConfig
 from equipoise.layers.interface import ATTENTION, mixer_of, mixers_of, pass_cache, prepare_decoder
@@ -23,8 +23,11 @@ log = logging.getLogger(__name__)
 PARITY_TOKENS = 24
 
 
-def hybridize(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0, check: bool = True) -> PreTrainedModel:
-    """Convert a donor in place: the same object, now a hybrid of class ``Equipoise…`` (returned for convenience).
+def hybridize(
+    model: PreTrainedModel, config: HybridConfig, *, seed: int = 0, check: bool = True
+) -> PreTrainedModel:
+    """Convert a donor in place: the same object, now a hybrid of class ``Equipoise…`` (returned for
+    convenience).
 
     The donor's weights are untouched and shared; each converted layer gains a float32 `HybridMixer` at
     ``self_attn.hybrid``. Undo with `revert`.
@@ -48,13 +51,13 @@ def hybridize(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0, ch
     _adopt_config(model, config_class)
     model.config.equipoise = {"hybrid": config.model_dump(mode="json"), "donor": None, "merged": False}
     model.__class__ = model_class
-    attach(model, config, seed=seed)
-    if expected is not None:
-        try:
+    try:
+        attach(model, config, seed=seed)
+        if expected is not None:
             _check_parity(model, expected)
-        except ConversionError:
-            revert(model)
-            raise
+    except Exception:
+        revert(model)
+        raise
     return model
 
 
@@ -64,22 +67,30 @@ def attach(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0) -> No
     Raises:
         ConversionError: no layer to convert.
     """
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     text: Any = model.config.get_text_config(decoder=True)
     modules = attention_modules(model)
     chosen = selected_layers(text, config, len(modules))
     for index, module in enumerate(modules):
         if index in chosen:
-            parameter = next(module.parameters())
-            heads, kv_heads = text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads
-            mixer = HybridMixer(config, heads=heads, kv_heads=kv_heads, head_dim=module.head_dim, layer_idx=index)
-            mixer.reset_parameters(seed)
-            module.hybrid = mixer.to(device=parameter.device)
-            if parameter.dtype == torch.float64:
-                module.hybrid.double()
+            module.hybrid = _mixer(module, text, config, index, seed)
         module._equipoise_hook = module.register_forward_pre_hook(pass_cache, with_kwargs=True)
     decoder._equipoise_hook = decoder.register_forward_pre_hook(prepare_decoder, with_kwargs=True)
     model.set_attn_implementation(ATTENTION)
+
+
+def _mixer(module: Any, text: Any, config: HybridConfig, index: int, seed: int) -> HybridMixer:
+    """A mixer on the layer's device: float32 whatever the donor is held in, float64 where it is that."""
+    parameter = next(module.parameters())
+    mixer = HybridMixer(
+        config,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads or text.num_attention_heads,
+        head_dim=module.head_dim,
+        layer_idx=index,
+    )
+    mixer.reset_parameters(seed)
+    return mixer.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -92,31 +103,41 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
     donor_config, donor_class = donor_classes_of(model.config.model_type)
     if (model.config.equipoise or {}).get("merged"):
-        raise ConversionError("the LoRA adapters were merged into the weights: the donor's are gone. Load the donor.")
+        raise ConversionError(
+            "the LoRA adapters were merged into the weights: the donor's are gone. Load the donor."
+        )
     unload_lora(model, merge=False)
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     for module in (*attention_modules(model), decoder):
-        module._equipoise_hook.remove()
-        del module._equipoise_hook
+        hook = module.__dict__.pop("_equipoise_hook", None)
+        if hook is not None:  # none yet where a conversion stopped half-way
+            hook.remove()
         if mixer_of(module) is not None:
             del module.hybrid
     previous = getattr(model.config, "equipoise_donor_attention", None) or "sdpa"
     _adopt_config(model, donor_config)
     for name in ("equipoise", "equipoise_donor_attention"):
         model.config.__dict__.pop(name, None)
+    if model.config.architectures:  # named after the hybrid where it was saved
+        model.config.architectures = [donor_class.__name__]
     model.__class__ = donor_class
     model.set_attn_implementation(previous)
     return model
 
 
+def config_as(config: Any, config_class: type[Any]) -> Any:
+    """A copy of a configuration, as one of another class."""
+    new = copy.deepcopy(config)
+    new.__class__ = config_class
+    new.__dict__.pop("model_type", None)  # read from config.json it shadows the class's
+    return new
+
+
 def _adopt_config(model: PreTrainedModel, config_class: type[Any]) -> None:
     """Give the model a configuration of its own, of another class; other models may share the old one."""
     old: Any = model.config
-    new = copy.deepcopy(old)
-    new.__class__ = config_class
-    new.__dict__.pop("model_type", None)  # read from config.json it shadows the class's
+    new = config_as(old, config_class)
     new.equipoise_donor_attention = old._attn_implementation
-    new.architectures = None
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
@@ -125,11 +146,20 @@ def _adopt_config(model: PreTrainedModel, config_class: type[Any]) -> None:
 def _check_donor(model: PreTrainedModel, config: HybridConfig) -> None:
     text: Any = model.config.get_text_config(decoder=True)
     name = model.config.model_type
+    expected: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    if not isinstance(model, expected):
+        raise ConversionError(
+            f"expected a causal language model ({expected.__name__}), got a {type(model).__name__}: "
+            "load the donor with AutoModelForCausalLM."
+        )
     if not model._can_set_attn_implementation():
-        raise ConversionError(f"cannot convert {name!r}: its attention does not go through the attention interface.")
+        raise ConversionError(
+            f"cannot convert {name!r}: its attention does not go through the attention interface."
+        )
     if getattr(text, "attention_dropout", 0):
         raise ConversionError(
-            f"expected attention dropout 0, got {text.attention_dropout}: set model.config.attention_dropout = 0."
+            f"expected attention dropout 0, got {text.attention_dropout}: set model.config.attention_dropout "
+            "= 0."
         )
     context = text.max_position_embeddings
     if config.window is not None and context is not None and config.window >= context:
@@ -170,14 +200,15 @@ def _check_parity(model: PreTrainedModel, expected: torch.Tensor) -> None:
     # Some donors give NaN for padded rows in float64 (eager masks overflow there); those rows say nothing.
     defined = expected.isfinite()
     got, expected = got[defined], expected[defined]
-    # eager attention takes its softmax in float32 whatever the model's dtype, so float64 donors get no tighter bound
+    # eager attention takes its softmax in float32 whatever the dtype, so float64 donors get no tighter bound
     tolerance = (1e-4 if model.dtype.itemsize >= 4 else 5e-2) * max(1.0, expected.abs().max().item())
     difference = (got - expected).abs().max().item() if len(got) else float("nan")
     if not difference <= tolerance:
         raise ConversionError(
-            f"parity self-test failed for {type(model).__name__}: with its own softmax attention the converted model "
-            f"differs from the donor by {difference:.2e} (allowed {tolerance:.2e}). The donor does something in its "
-            "attention that the interface does not pass on; please report the model type. Nothing was changed."
+            f"parity self-test failed for {type(model).__name__}: with its own softmax attention the "
+            f"converted model differs from the donor by {difference:.2e} (allowed {tolerance:.2e}). The "
+            "donor does something in its attention that the interface does not pass on; please report the "
+            "model type. Nothing was changed."
         )
 
 

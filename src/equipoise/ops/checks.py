@@ -130,7 +130,7 @@ def _check_state(call: Call, state: AttentionState) -> None:
                 f"{new.shape[3]}, got {old.shape[1]} and {old.shape[3]}."
             )
     history = history_length(call.window, call.layout)
-    if state.valid.shape[1] != history:
+    if state.valid.shape[1] != history or (state.offsets is None) != (call.layout == "sliding"):
         raise ValueError(
             f"expected initial_state of a call with the same window and layout, holding {history} tokens, "
             f"got one of {state.valid.shape[1]}."
@@ -150,4 +150,6 @@ def _check_state(call: Call, state: AttentionState) -> None:
             "pass the feature map itself, or make the state with features."
         )
     if not call.lagging and state.features is not None:
-        raise ValueError("expected initial_state of a call with the same overlap, got one of a disjoint call.")
+        raise ValueError(
+            "expected initial_state of a call with the same overlap, got one of a disjoint call."
+        )

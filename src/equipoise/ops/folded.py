@@ -71,7 +71,7 @@ class Folded:
             kept = kept & (tokens.ranks[:, fresh] >= skip_sinks)
         segment = None
         if tokens.segments is not None:
-            segment = tokens.segments[:, stop - 1]
+            segment = tokens.segments[:, stop - 1].clone()  # a view would keep them all
             kept = kept & (tokens.segments[:, fresh] == segment[:, None])
         if skip_sinks or segment is not None:
             features = features.masked_fill(~kept[:, None, :, None], 0)

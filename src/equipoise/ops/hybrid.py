@@ -42,19 +42,20 @@ def hybrid_attention(
     resumed from its state. Sums run in float32 (float64 for float64 inputs), whatever autocast says.
 
     Args:
-        q, k, v: queries, keys and values after rotary embedding; H is a multiple of N (grouped-query attention).
-        phi_q, phi_k: features, or feature maps applied block by block; None for no linear branch. phi(k) has N
-            heads or H, phi(q) has H. Keep to one of the two forms when resuming from a state.
+        q, k, v: queries, keys and values after rotary embedding; H is a multiple of N (grouped-query
+            attention).
+        phi_q, phi_k: features, or feature maps applied block by block; None for no linear branch. phi(k) has
+            N heads or H, phi(q) has H. Keep to one of the two forms when resuming from a state.
         window: w, the number of last tokens the softmax sees; None for no window branch; 0 leaves only sinks.
         layout: ``sliding`` (keys i-w+1..i) or ``terraced`` (own block of w and the one before, blocks counted
             from each segment's first real token).
         mixing: name of a mixing rule: ``convex`` or ``shared``.
-        gate: the window's weight g, or gamma for ``shared``; a number, or a tensor that broadcasts to [B, H, T].
+        gate: the window's weight g, or gamma for ``shared``; a number, or a tensor that broadcasts to [B, H,
+            T].
         overlap: whether linear attention also covers the keys in the window.
         scale: factor on the scores; D ** -0.5 where None.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; window branch only.
-        key_mask: True for real tokens; what stands at the others does not matter. Rows
-            without a real token to see give 0.
+        key_mask: True for real tokens; what stands at the others does not matter, and their output is 0.
         segment_ids: id >= 0 of the sequence each token belongs to, one run of tokens per id; no branch looks
             across.
         branches: which branches run, see `Branches`; both where None.
@@ -75,8 +76,8 @@ def hybrid_attention(
     call = Call(
         q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, window=window, layout=layout, mixing=mixing, gate=gate,
         lagging=window is not None and not overlap, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches or Branches(), sinks=sinks,
-        state=initial_state, chunk_size=chunk_size,
+        softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches or Branches(),
+        sinks=sinks, state=initial_state, chunk_size=chunk_size,
     )  # fmt: skip
     check_arguments(call)
     with torch.autocast(q.device.type, enabled=False):
@@ -101,7 +102,8 @@ def window_attention(
     """Softmax attention over the last ``window`` tokens and the sinks; arguments as in `hybrid_attention`."""
     return hybrid_attention(
         q, k, v, None, None, window=window, layout=layout, scale=scale, softcap=softcap, key_mask=key_mask,
-        segment_ids=segment_ids, sinks=sinks, initial_state=initial_state, output_final_state=output_final_state,
+        segment_ids=segment_ids, sinks=sinks, initial_state=initial_state,
+        output_final_state=output_final_state,
     )  # fmt: skip
 
 

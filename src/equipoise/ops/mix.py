@@ -15,8 +15,8 @@ from torch import Tensor
 from equipoise.registry import Registry
 
 EPSILON = 1e-12
-"""Smallest magnitude of a denominator; below it (only activations without a positive floor get there) the sign is
-kept and the magnitude is clamped, so that 0/0 is 0."""
+"""Smallest magnitude of a denominator; below it (only activations without a positive floor get there) the
+sign is kept and the magnitude is clamped, so that 0/0 is 0."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Branch:
 
 
 MixingRule = Callable[[Branch, Branch, Tensor], tuple[Tensor, Tensor]]
-"""(window, linear, gate broadcastable to [B, H, T, 1]) -> (window's term, linear's term), each [B, H, T, E]."""
+"""(window, linear, gate broadcastable to [B, H, T, 1]) -> the two branches' terms, each [B, H, T, E]."""
 
 MIXING_RULES: Registry[MixingRule] = Registry("mixing rule")
 
@@ -62,10 +62,10 @@ def convex(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor
 
 @MIXING_RULES.register("shared")
 def shared(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """One denominator for both, as LoLCATs publishes it (arXiv 2410.10254); the gate is its window factor gamma.
+    """One denominator for both, as LoLCATs publishes it (arXiv 2410.10254); the gate is its window factor.
 
-    The window's weights carry exp(-m), m the row's largest score in the window, and the linear weights do not:
-    the balance of the branches then depends on m. Kept so, because published checkpoints were trained so.
+    The window's weights carry exp(-m), m the row's largest score in the window, and the linear weights do
+    not: the balance of the branches then depends on m. Kept so: published checkpoints were trained so.
     """
     denominator = gate * window.denominator + linear.denominator
     return divide(gate * window.numerator, denominator), divide(linear.numerator, denominator)

@@ -1,4 +1,5 @@
-"""The definitions, spelled out: quadratic masks and a token-by-token loop. Slow on purpose; they run in float64.
+"""The definitions, spelled out: quadratic masks and a token-by-token loop. Slow on purpose; they run in
+float64.
 
 Everything faster in equipoise is tested against these, so they share no code with it.
 Shapes follow the legend in `equipoise.ops.types`.
@@ -13,7 +14,7 @@ from equipoise.ops.types import Branches, Layout
 
 
 def _positions(valid: list[bool], segments: list[int]) -> tuple[list[int], list[int]]:
-    """(rank, offset) of every token of one row: real tokens before it and distance from the first, per segment."""
+    """(rank, offset) of one row's tokens: real tokens before it and distance from the first, per segment."""
     ranks, offsets = [], []
     rank, first, previous = 0, 0, None
     for t, (real, segment) in enumerate(zip(valid, segments, strict=True)):
@@ -82,7 +83,8 @@ def hybrid_attention_reference(
 ) -> Tensor:
     """Quadratic hybrid attention [B, H, T, E].
 
-    Arguments as in `equipoise.ops.hybrid_attention`, features as tensors. What stands in padding counts as 0.
+    Arguments as in `equipoise.ops.hybrid_attention`, features as tensors. What stands in padding counts as
+    0, and its output is 0.
     """
     if key_mask is not None:
         absent = ~key_mask[:, None, :, None]
@@ -96,7 +98,9 @@ def hybrid_attention_reference(
     for b in range(batch):
         valid = [True] * length if key_mask is None else key_mask[b].tolist()
         segments = [0] * length if segment_ids is None else segment_ids[b].tolist()
-        causal, near = visible_keys(length, window=window, layout=layout, sinks=sinks, valid=valid, segments=segments)
+        causal, near = visible_keys(
+            length, window=window, layout=layout, sinks=sinks, valid=valid, segments=segments
+        )
         for h in range(heads):
             key, value = k[b, h * k.shape[1] // heads], v[b, h * v.shape[1] // heads]
             scores = q[b, h] @ key.T * factor
@@ -112,7 +116,8 @@ def hybrid_attention_reference(
             alone = branches.reading == "renormalised" or window is None or phi_k is None
             far = causal if overlap or window is None else causal & ~near
             out.append(_mixed(scores, products, value, causal, near, far, gates[b, h], mixing, flags, alone))
-    return torch.stack(out).view(batch, heads, length, -1)
+    result = torch.stack(out).view(batch, heads, length, -1)
+    return result if key_mask is None else result.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def _mixed(

@@ -71,7 +71,7 @@ class Sinks:
             chosen = chosen & tokens.valid[:, gone, None]
         segment = keep = None
         if tokens.segments is not None:
-            segment = tokens.segments[:, stop - 1]
+            segment = tokens.segments[:, stop - 1].clone()  # a view would keep them all
             chosen = chosen & (tokens.segments[:, gone] == segment[:, None])[..., None]
         if self.valid is not None:
             keep = self.valid if segment is None else self.valid & (self.segment == segment)[:, None]

@@ -52,17 +52,21 @@ def index_tokens(
     history = 0 if state is None else state.valid.shape[1]
     valid, segments = key_mask, segment_ids
     if state is not None:
-        new_valid = torch.ones(batch, length, dtype=torch.bool, device=device) if key_mask is None else key_mask
+        new_valid = (
+            torch.ones(batch, length, dtype=torch.bool, device=device) if key_mask is None else key_mask
+        )
         valid = torch.cat([state.valid, new_valid], 1)
         if segment_ids is not None:
             assert state.segments is not None
             segments = torch.cat([state.segments, segment_ids], 1)
     ranks = offsets = None
     if sinks or layout == "terraced":
-        new_valid = torch.ones(batch, length, dtype=torch.bool, device=device) if key_mask is None else key_mask
+        new_valid = (
+            torch.ones(batch, length, dtype=torch.bool, device=device) if key_mask is None else key_mask
+        )
         ranks = _ranks(new_valid, segment_ids, state)
         if layout == "terraced":
-            offsets = _offsets(new_valid, ranks, state)
+            offsets = _offsets(ranks, state)
             if state is not None and state.offsets is not None:
                 offsets = torch.cat([state.offsets, offsets], 1)
         if state is not None and state.ranks is not None:
@@ -85,12 +89,12 @@ def _ranks(valid: Tensor, segments: Tensor | None, state: AttentionState | None)
     return before - torch.where(starts, before, -carried).cummax(1).values
 
 
-def _offsets(valid: Tensor, ranks: Tensor, state: AttentionState | None) -> Tensor:
-    slots = torch.arange(valid.shape[1], device=valid.device).expand_as(ranks)
+def _offsets(ranks: Tensor, state: AttentionState | None) -> Tensor:
+    slots = torch.arange(ranks.shape[1], device=ranks.device).expand_as(ranks)
     carried = torch.zeros_like(ranks[:, :1])
     if state is not None and state.offsets is not None:
         carried = state.offsets[:, -1:] + 1
-    return slots - torch.where(valid & (ranks == 0), slots, -carried).cummax(1).values
+    return slots - torch.where(ranks == 0, slots, -carried).cummax(1).values
 
 
 def causal_mask(tokens: Tokens, rows: slice, columns: slice, device: torch.device) -> Tensor:

@@ -1,10 +1,12 @@
 """The attention-transfer cross-entropy, at memory linear in the length.
 
-For a donor's softmax weights p_ij and linear attention's a_ij = s_ij / sum_j s_ij, s_ij = phi(q_i) . phi(k_j):
+For a donor's softmax weights p_ij and linear attention's a_ij = s_ij / sum_j s_ij, s_ij = phi(q_i) .
+phi(k_j):
 
     loss_i = - sum_j p_ij log a_ij = log(sum_j s_ij) - sum_j p_ij log s_ij        since sum_j p_ij = 1.
 
-Forward keeps three numbers a row (log-sum-exp of the scores, sum of s, sum of p log s) from one sweep over blocks;
+Forward keeps three numbers a row (log-sum-exp of the scores, sum of s, sum of p log s) from one sweep over
+blocks;
 backward recomputes the blocks: d loss_i / d s_ij = 1 / sum_j s_ij - p_ij / s_ij.
 Source: the Hedgehog objective (arXiv 2402.04347, equation 4). Shapes: legend in `equipoise.ops.types`.
 """
@@ -37,7 +39,8 @@ def transfer_cross_entropy(
     key_mask: Bool[Tensor, "B T"] | None = None,
     segment_ids: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H T"]:
-    """Cross-entropy of each row from the donor's softmax weights to linear attention's; differentiable in phi only.
+    """Cross-entropy of each row from the donor's softmax weights to linear attention's; differentiable in phi
+    only.
 
     Args:
         q, k: the donor's queries and keys; constants here, no gradient flows into them.
@@ -48,7 +51,7 @@ def transfer_cross_entropy(
     """
     call = _Blocks(q.detach(), k.detach(), scale, softcap, window, key_mask, segment_ids)
     with torch.autocast(q.device.type, enabled=False):
-        dtype = accumulation_dtype(q.dtype)
+        dtype = torch.promote_types(accumulation_dtype(q.dtype), phi_q.dtype)
         return _TransferCrossEntropy.apply(phi_q.to(dtype), phi_k.to(dtype), call)  # pyright: ignore
 
 
@@ -107,7 +110,7 @@ class _TransferCrossEntropy(torch.autograd.Function):
         for start in range(0, length, BLOCK):
             rows = slice(start, min(start + BLOCK, length))
             logsumexp[:, :, rows], total[:, :, rows], cross = _sweep(phi_q, phi_k, call, rows)
-            present = total[:, :, rows] > 0
+            present = total[:, :, rows] != 0  # NaN is present, and must show
             logarithm = torch.where(present, total[:, :, rows], 1.0).log()
             loss[:, :, rows] = torch.where(present, logarithm - cross, 0.0)
         ctx.save_for_backward(phi_q, phi_k, logsumexp, total)
@@ -116,32 +119,39 @@ class _TransferCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        phi_q, phi_k, logsumexp, total = ctx.saved_tensors
-        call: _Blocks = ctx.call
-        length, memories = phi_q.shape[2], phi_k.shape[1]
-        present = total > 0
-        grad = torch.where(present, grads[0], 0.0)
-        over_total = grad / torch.where(present, total, 1.0)
-        grad_q, grad_k = torch.zeros_like(phi_q), torch.zeros_like(phi_k)
-        for start in range(0, length, BLOCK):
-            rows = slice(start, min(start + BLOCK, length))
-            row_features = phi_q[:, :, rows]
-            for columns in call.pairs(rows):
-                features = products(row_features, phi_k[:, :, columns])
-                weights = (call.scores(rows, columns, phi_q.dtype) - logsumexp[:, :, rows, None]).exp_()
-                slope = over_total[:, :, rows, None] - weights * grad[:, :, rows, None] / features.clamp_min(FLOOR)
-                slope.masked_fill_(features < FLOOR, 0)
-                hidden = call.hidden(rows, columns)
-                if hidden is not None:
-                    slope.masked_fill_(hidden, 0)
-                grouped = slope.reshape(slope.shape[0], memories, -1, slope.shape[-1])
-                grad_q[:, :, rows] += (grouped @ phi_k[:, :, columns]).view_as(row_features)
-                grad_k[:, :, columns] += grouped.mT @ row_features.reshape(*grouped.shape[:3], -1)
-        return grad_q, grad_k, None
+        with torch.autocast(grads[0].device.type, enabled=False):  # stage 1 goes back inside the forward pass
+            return *_backward(ctx, grads[0]), None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of both features, block by block."""
+    phi_q, phi_k, logsumexp, total = ctx.saved_tensors
+    call: _Blocks = ctx.call
+    length, memories = phi_q.shape[2], phi_k.shape[1]
+    present = total != 0
+    grad = torch.where(present, grad, 0.0)
+    over_total = grad / torch.where(present, total, 1.0)
+    grad_q, grad_k = torch.zeros_like(phi_q), torch.zeros_like(phi_k)
+    for start in range(0, length, BLOCK):
+        rows = slice(start, min(start + BLOCK, length))
+        row_features = phi_q[:, :, rows]
+        for columns in call.pairs(rows):
+            features = products(row_features, phi_k[:, :, columns])
+            weights = (call.scores(rows, columns, phi_q.dtype) - logsumexp[:, :, rows, None]).exp_()
+            pulled = weights * grad[:, :, rows, None] / features.clamp_min(FLOOR)
+            slope = over_total[:, :, rows, None] - pulled
+            slope.masked_fill_(features < FLOOR, 0)
+            hidden = call.hidden(rows, columns)
+            if hidden is not None:
+                slope.masked_fill_(hidden, 0)
+            grouped = slope.reshape(slope.shape[0], memories, -1, slope.shape[-1])
+            grad_q[:, :, rows] += (grouped @ phi_k[:, :, columns]).view_as(row_features)
+            grad_k[:, :, columns] += grouped.mT @ row_features.reshape(*grouped.shape[:3], -1)
+    return grad_q, grad_k
 
 
 def _sweep(phi_q: Tensor, phi_k: Tensor, call: _Blocks, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-sum-exp of the scores, sum of s, sum of p log s) of a block of rows [B, H, t], by online softmax."""
+    """(log-sum-exp of the scores, sum of s, sum of p log s) of a block of rows [B, H, t], online."""
     shape = (*phi_q.shape[:2], rows.stop - rows.start)
     top = phi_q.new_full(shape, torch.finfo(phi_q.dtype).min)
     mass, cross, total = (phi_q.new_zeros(shape) for _ in range(3))
@@ -160,5 +170,5 @@ def _sweep(phi_q: Tensor, phi_k: Tensor, call: _Blocks, rows: slice) -> tuple[Te
         mass = mass * shrink + weights.sum(-1)
         cross = cross * shrink + weights.mul_(features.log_()).sum(-1)
         top = new_top
-    safe = torch.where(mass > 0, mass, 1.0)
+    safe = torch.where(mass != 0, mass, 1.0)
     return top + safe.log(), total, cross / safe

@@ -29,8 +29,9 @@ class Branches:
     Attributes:
         window: whether the sliding-window softmax runs; a bool, or a bool tensor [B] or [B, H].
         linear: whether linear attention runs; likewise.
-        reading: ``literal`` zeroes the ablated branch's term and leaves the rest as it was (arXiv 2510.05901);
-            ``renormalised`` lets the survivor attend alone at weight 1, the linear branch then over all keys.
+        reading: ``literal`` zeroes the ablated branch's term and leaves the rest as it was (arXiv
+            2510.05901); ``renormalised`` lets the survivor attend alone at weight 1, the linear branch then
+            over all keys.
     """
 
     window: bool | Tensor = True
@@ -62,7 +63,8 @@ class AttentionState:
         segments: segment id of the R tokens [B, R], where sequences are packed.
         folded_segment: segment the folded keys belong to [B].
         ranks: how many real tokens of its segment came before each of the R tokens [B, R]; kept for sinks.
-        offsets: distance of each of the R tokens from its segment's first real token [B, R]; kept for terraces.
+        offsets: distance of each of the R tokens from its segment's first real token [B, R]; kept for
+            terraces.
         sink_keys, sink_values, sink_valid, sink_segment: sinks that have left the window [B, N, P, D],
             [B, N, P, E], [B, P], [B].
         features, sink_features: phi(k) of the tokens above, where features were given as tensors and linear

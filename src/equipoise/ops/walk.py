@@ -71,7 +71,7 @@ class Walk:
             self.features = torch.cat([before, self.features], 2)
 
     def _clean(self, tensor: Tensor) -> Tensor:
-        """What stands in padding may be anything, NaN included: 0 takes its place."""
+        """What stands in padding may be anything, NaN included: 0 takes its place, and comes out."""
         mask = self.call.key_mask
         return tensor if mask is None else tensor.masked_fill(~mask[:, None, :, None], 0)
 
@@ -90,7 +90,7 @@ class Walk:
         chunk = self.call.chunk_size
         blocks = [self._block(s, min(s + chunk, self.length)) for s in range(0, self.length, chunk)]
         out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
-        return out.to(self.call.q.dtype), self._final_state() if output_final_state else None
+        return self._clean(out.to(self.call.q.dtype)), self._final_state() if output_final_state else None
 
     def _block(self, start: int, stop: int) -> Tensor:
         """Output of queries start..stop [B, H, C, E]; folds what they leave behind."""

@@ -1,10 +1,12 @@
-"""A whole conversion: donor and recipe in, a converted model's directory out. Written at the end, or not at all."""
+"""A whole conversion: donor and recipe in, a model's directory out, written at the end or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from equipoise import __version__
-from equipoise.config import DataConfig, HybridConfig, RunConfig
+from equipoise.config import ConfigError, DataConfig, HybridConfig, RunConfig
 from equipoise.data.packing import PackedDataset, check_tokenizer, collate, pack_documents
 from equipoise.data.sources import load_documents
 from equipoise.models import adapters
@@ -25,17 +27,20 @@ from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
 from equipoise.models.storage import write_atomically
 from equipoise.models.surgery import hybridize
-from equipoise.train.progress import ProgressReport
-from equipoise.train.stages import StageResult, finetune, transfer
+from equipoise.train.progress import reported
+from equipoise.train.stages import StageResult, finetune, lora_targets, transfer
 
 RUN = "run.json"
 """What was run, beside the model it made."""
 WORK = "training"
 """Sub-folder with training checkpoints, until the run is done."""
+START = "start.json"
+"""In the work folder: what the run was started with, so that it is not resumed with something else."""
+STAGING = ".staging"
 HELD_OUT_ROWS = 32
 
 
-class OutputError(ValueError):
+class OutputError(ConfigError):
     """An output directory that cannot be used; the message says why and what to do."""
 
 
@@ -73,26 +78,55 @@ class TrainingData:
     held_out: PackedDataset
 
 
-def prepare_output(output: Path, *, resume: bool = False) -> None:
+@contextmanager
+def claimed(output: Path, *, resume: bool = False, shared: bool = False) -> Generator[None]:
+    """Prepare a directory (see `prepare_output`); where the block fails, leave nothing in it but checkpoints.
+
+    A directory that was made here and stayed empty goes too.
+    """
+    is_new = not output.exists()
+    prepare_output(output, resume=resume, shared=shared)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(output / STAGING, ignore_errors=True)
+        work = output / WORK
+        if not shared and not any(work.glob("*/checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
+        if is_new and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) -> None:
     """Make the directory, or refuse it.
+
+    Args:
+        output: must be new or empty.
+        resume: it must hold a run that is not finished, or nothing.
+        shared: it may hold other things.
 
     Raises:
         OutputError: not a directory, holds files already, or cannot be written.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: expected a directory to write to, got a file. Choose another --output.")
-    if output.is_dir() and any(output.iterdir()) and not resume:
-        hint = " A killed run goes on with --resume." if (output / WORK).is_dir() else ""
-        raise OutputError(f"{output}: exists and is not empty. Choose another --output, or remove it.{hint}")
     if resume and (output / RUN).is_file():
         raise OutputError(f"{output}: this run is finished (it has a {RUN}); there is nothing to resume.")
+    started = (output / WORK / START).is_file()
+    if output.is_dir() and any(output.iterdir()) and not shared and not (resume and started):
+        hint = " A killed run goes on with --resume." if started else ""
+        hint = " There is no run to resume in it." if resume else hint
+        raise OutputError(f"{output}: exists and is not empty. Choose another --output, or remove it.{hint}")
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".write-test"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror}). Choose another --output.") from None
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror}). Choose another --output."
+        ) from None
 
 
 def prepare_data(
@@ -110,7 +144,12 @@ def prepare_data(
     def packed(split: str, max_tokens: int | None) -> PackedDataset:
         documents = load_documents(data.source, split=split, text_column=data.text_column, subset=data.subset)
         return pack_documents(
-            documents, tokenizer, context_length=length, seed=seed, max_tokens=max_tokens, vocab_size=text.vocab_size
+            documents,
+            tokenizer,
+            context_length=length,
+            seed=seed,
+            max_tokens=max_tokens,
+            vocab_size=text.vocab_size,
         )
 
     return TrainingData(packed("train", data.max_tokens), packed("validation", HELD_OUT_ROWS * length))
@@ -151,11 +190,24 @@ def convert(
         trust_remote_code: run code that comes with the donor (off unless asked).
 
     Raises:
-        OutputError, CheckpointError, ConversionError, DataError, TrainingDiverged: each with what to do about it.
+        ConfigError, CheckpointError, ConversionError, DataError, TrainingDiverged: each says what to do.
     """
     console = console or Console(stderr=True)
     output = Path(output)
-    prepare_output(output, resume=resume)
+    with claimed(output, resume=resume):
+        _check_start(output / WORK, run, donor, seed)
+        return _convert(donor, run, output, seed, resume, console, trust_remote_code)
+
+
+def _convert(
+    donor: str,
+    run: RunConfig,
+    output: Path,
+    seed: int,
+    resume: bool,
+    console: Console,
+    trust_remote_code: bool,
+) -> RunRecord:
     model, tokenizer = load_donor(donor, trust_remote_code=trust_remote_code), load_tokenizer(donor)
     trains = run.transfer is not None or run.finetune is not None
     if run.hybrid is not None:
@@ -164,21 +216,57 @@ def convert(
         _describe(model, run.hybrid, console)
     data = prepare_data(run.data, model, tokenizer, seed=seed) if trains else None
     held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
-    results = train(model, run, data, output / WORK, seed=seed, resume=resume, console=console) if data else {}
+    results = (
+        train(model, run, data, output / WORK, seed=seed, resume=resume, console=console) if data else {}
+    )
     if data is not None:
         held_out["result"] = mean_loss(model, data.held_out)
         console.print(
             f"held-out loss: donor {held_out['donor']:.4f}, {run.name} {held_out['result']:.4f} nats/token",
             highlight=False,
+            soft_wrap=True,
         )
     record = RunRecord(
         recipe=run.name, settings=run.model_dump(mode="json"), donor=donor, seed=seed,
-        train_tokens=sum(r.tokens for r in results.values()), train_seconds=sum(r.seconds for r in results.values()),
+        train_tokens=sum(r.tokens for r in results.values()),
+        train_seconds=float(sum(r.seconds for r in results.values())),
         stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
     )  # fmt: skip
     save(model, tokenizer, record, output, donor=donor)
     shutil.rmtree(output / WORK, ignore_errors=True)
     return record
+
+
+def _check_start(work: Path, run: RunConfig, donor: str, seed: int) -> None:
+    """Note what a run is started with; a resumed one must be started with the same.
+
+    Raises:
+        ConfigError: it is not; names what differs.
+    """
+    started = {"donor": donor, "seed": seed, **run.model_dump(mode="json")}
+    place = work / START
+    if not place.is_file():
+        work.mkdir(exist_ok=True)
+        write_atomically(place, lambda path: path.write_text(json.dumps(started, indent=2), encoding="utf-8"))
+        return
+    before: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    changed = _differences(before, started)
+    if changed:
+        raise ConfigError(
+            f"{work.parent}: a run is resumed as it was started, but this one differs in "
+            f"{'; '.join(changed)}. Give the same settings, or start anew in another --output."
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    changed: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} (was {old}, now {new})")
+    return changed
 
 
 def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> float:
@@ -190,13 +278,14 @@ def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> f
 
 def _describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> None:
     layers = report_layers(model)
-    kept = [f"{len(indices)} left {kind}" for kind, indices in (("local", layers.local), ("softmax", layers.softmax))
-            if indices]  # fmt: skip
+    left = {"local": layers.local, "softmax": layers.softmax}
+    kept = [f"{len(indices)} left {kind}" for kind, indices in left.items() if indices]
     limit = reach(model)
     console.print(
-        f"converted {len(layers.converted)} layers{', ' + ', '.join(kept) if kept else ''}; window {hybrid.window}, "
+        f"{', '.join([f'converted {len(layers.converted)} layers', *kept])}; window {hybrid.window}, "
         f"reach {'unlimited' if limit is None else limit} tokens, decode state {state_bytes(model):,} bytes",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -213,28 +302,34 @@ def train(
     """Run a recipe's stages on a converted model, in place."""
     console = console or Console(stderr=True, quiet=True)
     results: dict[str, StageResult] = {}
-
-    def reports(label: str) -> list[TrainerCallback]:
-        return [ProgressReport(console, label)]
-
+    if run.finetune is not None:
+        lora_targets(model, run.finetune)  # a wrong name is known before stage 1 has run for hours
     set_seed(seed)
     if run.transfer is not None:
-        results["transfer"] = transfer(
-            model, run, data.rows, work / "transfer", seed=seed, callbacks=reports(f"{run.name} transfer"), resume=resume
-        )
+        with reported(console, f"{run.name} transfer") as callbacks:
+            results["transfer"] = transfer(
+                model, run, data.rows, work / "transfer", seed=seed, callbacks=callbacks, resume=resume
+            )
     if run.finetune is not None:
-        results["finetune"] = finetune(
-            model, run, data.rows, data.held_out, work / "finetune", seed=seed,
-            callbacks=reports(f"{run.name} finetune"), resume=resume,
-        )  # fmt: skip
+        with reported(console, f"{run.name} finetune") as callbacks:
+            results["finetune"] = finetune(
+                model,
+                run,
+                data.rows,
+                data.held_out,
+                work / "finetune",
+                seed=seed,
+                callbacks=callbacks,
+                resume=resume,
+            )
     return results
 
 
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord, output: Path, *, donor: str
 ) -> None:
-    """Write model, tokenizer and `run.json`; files move into place complete, config.json after all weights."""
-    staging = output / ".staging"
+    """Write model, tokenizer and `run.json`; files move into place complete, config.json after weights."""
+    staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     tokenizer.save_pretrained(staging)

@@ -15,6 +15,7 @@ from torch import Tensor
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.ops import Branches
 from equipoise.ops.transfer_loss import transfer_cross_entropy
+from equipoise.ops.types import accumulation_dtype
 from equipoise.registry import Registry
 
 
@@ -35,8 +36,9 @@ class LayerTarget:
     @cached_property
     def features(self) -> tuple[Tensor, Tensor]:
         """phi(q), phi(k), computed once for all objectives of a sum."""
-        assert self.mixer.phi_q is not None and self.mixer.phi_k is not None
-        dtype = torch.promote_types(self.inputs.q.dtype, torch.float32)
+        assert self.mixer.phi_q is not None
+        assert self.mixer.phi_k is not None
+        dtype = accumulation_dtype(self.inputs.q.dtype)
         return self.mixer.phi_q(self.inputs.q.to(dtype)), self.mixer.phi_k(self.inputs.k.to(dtype))
 
     def hybrid(self, branches: Branches) -> Tensor:
@@ -59,7 +61,7 @@ OBJECTIVES: Registry[Objective] = Registry("transfer objective")
 
 @OBJECTIVES.register("weights")
 def weights(target: LayerTarget) -> Tensor:
-    """Cross-entropy from the donor's attention weights to linear attention's, in nats a row (arXiv 2402.04347)."""
+    """Cross-entropy, in nats a row, from the donor's weights to linear attention's (arXiv 2402.04347)."""
     inputs, (phi_q, phi_k) = target.inputs, target.features
     return target.mean(
         transfer_cross_entropy(
@@ -70,7 +72,8 @@ def weights(target: LayerTarget) -> Tensor:
 
 
 def _mean_squared_error(target: LayerTarget, output: Tensor) -> Tensor:
-    return target.mean((output.float() - target.output.float()).square().mean(-1))
+    dtype = accumulation_dtype(output.dtype)
+    return target.mean((output.to(dtype) - target.output.to(dtype)).square().mean(-1))
 
 
 @OBJECTIVES.register("output")

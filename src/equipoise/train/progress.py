@@ -1,8 +1,10 @@
-"""Progress of a stage: bar, ETA, loss and the linear branch's share; plain lines where there is no terminal."""
+"""Progress of a stage: bar, ETA, loss, the linear branch's share; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -23,42 +25,49 @@ class ProgressReport(TrainerCallback):
 
     def __init__(self, console: Console, label: str) -> None:
         self.console, self.label = console, label
-        self.started = time.monotonic()
+        self.started, self.first = time.monotonic(), 0
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.status = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
+        self.started, self.first = time.monotonic(), state.global_step
         if not self.console.is_terminal:
             return
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"), console=self.console, transient=True,
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console, transient=True,
         )  # fmt: skip
-        self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step, status="")
+        done = state.global_step
+        self.task = self.bar.add_task(self.label, total=state.max_steps, completed=done, status="")
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=state.global_step, status=self.status)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         self.status = describe(logs)
         every = max(args.logging_steps, state.max_steps // LINES)
         if self.bar is None and (state.global_step % every < args.logging_steps or state.global_step <= 1):
-            left = (time.monotonic() - self.started) / max(1, state.global_step) * (state.max_steps - state.global_step)
+            step = state.global_step
+            a_step = (time.monotonic() - self.started) / max(1, step - self.first)
+            left = f"eta {a_step * (state.max_steps - step):.0f}s"
             self.console.print(
-                f"{self.label} {state.global_step}/{state.max_steps} {self.status} eta {left:.0f}s", highlight=False
+                f"{self.label} {step}/{state.max_steps} {self.status} {left}", highlight=False, soft_wrap=True
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         taken = time.monotonic() - self.started
         self.console.print(
-            f"{self.label} done: {state.global_step} steps, {taken:.0f}s, {self.status}", highlight=False
+            f"{self.label} done: {state.global_step} steps, {taken:.0f}s, {self.status}",
+            highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:
@@ -68,11 +77,22 @@ class ProgressReport(TrainerCallback):
             self.bar = None
 
 
+@contextmanager
+def reported(console: Console, label: str) -> Generator[list[TrainerCallback]]:
+    """Callbacks that show a stage; the bar is taken down also when the stage fails."""
+    report = ProgressReport(console, label)
+    try:
+        yield [report]
+    finally:
+        report.close()
+
+
 def describe(logs: dict[str, float]) -> str:
     """Loss, linear share and the branches' gradient norms, in a few words."""
     parts = [f"loss {float(logs['loss']):.4g}"]
     if "linear_share" in logs:
         parts.append(f"linear share {logs['linear_share']:.2f}")
     if "linear_gradient" in logs:
-        parts.append(f"grad window {logs.get('window_gradient', 0.0):.2g} linear {logs['linear_gradient']:.2g}")
+        window, linear = logs.get("window_gradient", 0.0), logs["linear_gradient"]
+        parts.append(f"grad window {window:.2g} linear {linear:.2g}")
     return ", ".join(parts)

@@ -25,11 +25,15 @@ def load_recipe(name_or_file: str, overrides: dict[str, Any] | None = None) -> R
 
     Raises:
         UnknownNameError: no such recipe, feature map, mixing rule or objective.
-        ConfigError: a file that is not a recipe, a setting that does not exist or does not fit, or recipes that
-            derive from one another in a circle.
+        ConfigError: a file that is not a recipe or is abstract, a setting that does not exist or does not
+            fit, or recipes that derive from one another in a circle.
     """
     values = _resolve(name_or_file, None, ())
-    values.pop("abstract", None)
+    if values.pop("abstract", False):
+        raise ConfigError(
+            f"{name_or_file} is not a recipe itself (abstract): others derive from it. "
+            f"Choose one of {', '.join(recipe_names())}, or write a file that extends it."
+        )
     run = parse(RunConfig, merge(values, overrides or {}))
     check_names(run)
     return run
@@ -53,7 +57,10 @@ def check_names(run: RunConfig) -> None:
 def _shipped() -> dict[str, dict[str, Any]]:
     folder = resources.files("equipoise.recipes")
     files = [item for item in folder.iterdir() if item.name.endswith(".yaml")]
-    return {item.name.removesuffix(".yaml"): load_yaml(item.read_text(), source=item.name) for item in files}
+    return {
+        item.name.removesuffix(".yaml"): load_yaml(item.read_text(encoding="utf-8"), source=item.name)
+        for item in files
+    }
 
 
 def _resolve(name_or_file: str, beside: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:

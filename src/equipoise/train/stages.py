@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 
-from equipoise.config import FinetuneConfig, RunConfig
+from equipoise.config import ConfigError, FinetuneConfig, RunConfig
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import add_lora
@@ -21,33 +20,26 @@ from equipoise.models.branches import capture
 from equipoise.models.layout import attention_modules
 from equipoise.ops import Branches
 from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
+from equipoise.train.probe import BranchProbe
 from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
-from equipoise.train.trainer import StageTrainer, latest_checkpoint, training_arguments
+from equipoise.train.trainer import (
+    StageResult,
+    StageTrainer,
+    clear,
+    finished_result,
+    latest_checkpoint,
+    training_arguments,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 """Names of attention projections in the supported families; LoRA takes those a model has."""
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did.
-
-    Attributes:
-        steps: optimiser steps taken.
-        tokens: training tokens seen.
-        seconds: wall-clock time.
-        history: what was logged, in order.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    history: list[dict[str, float]]
-
-
 class TransferTrainer(StageTrainer):
-    """Stage 1: the donor runs under no_grad, and each layer's loss is taken back while the forward pass stands in
-    that layer, so one layer's graph is held at a time and layers cannot influence one another."""
+    """Stage 1: the donor runs under no_grad, and each layer's loss goes back while the forward pass is in it.
+
+    So one layer's graph is held at a time, and layers cannot influence one another.
+    """
 
     stage_name = "transfer"
 
@@ -55,16 +47,19 @@ class TransferTrainer(StageTrainer):
         super().__init__(*args, **kwargs)
         self.objective = objective
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         inputs = self._prepare_inputs(inputs)
         losses: list[Tensor] = []
         share: dict[str, float] = {}
         logs = self.logs_this_step
 
         def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
-            with torch.enable_grad():
+            # autocast is for the donor: maps run in float32 in every forward pass, and so must learn in it
+            with torch.enable_grad(), torch.autocast(seen.q.device.type, enabled=False):
                 loss = self.objective(LayerTarget(mixer, seen.detach(), output.detach()))
-                self.check_finite(loss.detach(), f" of layer {mixer.layer_idx}")
+                self.check_finite(loss.detach(), f"loss of layer {mixer.layer_idx}")
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             losses.append(loss.detach())
             if logs:
@@ -79,29 +74,16 @@ class TransferTrainer(StageTrainer):
             self.branch_metrics = _transfer_metrics(share, mixers_of(model))
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = self._prepare_inputs(inputs)
-        losses: list[Tensor] = []
-
-        def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
-            losses.append(self.objective(LayerTarget(mixer, seen, output)))
-
-        decoder: Any = self.accelerator.unwrap_model(model).get_decoder()  # pyright: ignore
-        with capture(model, observer), torch.no_grad():
-            decoder(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
-        return torch.stack(losses).mean(), None, None
-
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Layer by layer: a layer with large gradients must not slow the others down."""
-        norms = [
-            nn.utils.clip_grad_norm_(mixer.parameters(), self.args.max_grad_norm) for mixer in mixers_of(model)
-        ]
+        norms: list[Tensor] = []
+        for mixer in mixers_of(model):
+            norms.append(nn.utils.clip_grad_norm_(mixer.parameters(), self.args.max_grad_norm))
+            self.check_finite(norms[-1], f"gradient norm of layer {mixer.layer_idx}")
         return torch.stack(norms).square().sum().sqrt()
 
 
 def _add_share(share: dict[str, float], mixer: HybridMixer, seen: LayerInputs) -> None:
-    from equipoise.train.probe import BranchProbe
-
     probe = BranchProbe()
     probe(mixer, seen.detach(), seen.q.detach())
     for name, value in probe.output.items():
@@ -133,13 +115,21 @@ class FinetuneTrainer(StageTrainer):
         super().__init__(*args, **kwargs)
         self.settings = settings
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        first = self.state.global_step * self.settings.batch_size
-        first += self.micro_step() * int(self.args.per_device_train_batch_size)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        micro = self.state.global_step * int(self.args.gradient_accumulation_steps) + self.micro_step()
+        first = micro * int(self.args.world_size) + int(self.args.process_index)
+        first *= int(self.args.per_device_train_batch_size)
         with self._scheduled(mixers_of(model), len(inputs["input_ids"]), first), self.probed(model):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.check_finite(loss)
+        self.check_finite(loss, "loss")
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.check_finite(torch.as_tensor(norm), "gradient norm")
+        return norm
 
     @contextmanager
     def _scheduled(self, mixers: list[HybridMixer], batch_size: int, first_sample: int) -> Generator[None]:
@@ -153,8 +143,8 @@ class FinetuneTrainer(StageTrainer):
             if dropout is not None:
                 kept = draw_window_dropout(
                     window_dropout_probability(dropout.probabilities, step, total), batch_size=batch_size,
-                    heads=mixer.heads, per=dropout.per, seed=int(self.args.seed), step=step, layer=mixer.layer_idx,
-                    first_sample=first_sample,
+                    heads=mixer.heads, per=dropout.per, seed=int(self.args.seed), step=step,
+                    layer=mixer.layer_idx, first_sample=first_sample,
                 )  # fmt: skip
                 branches = Branches(window=kept, reading=dropout.reading)
             mixer.mode = AttentionMode("hybrid", branches, window=window)
@@ -167,9 +157,10 @@ class FinetuneTrainer(StageTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW; maps and gates may learn at a rate of their own."""
         if self.optimizer is None:
-            maps = [p for m in mixers_of(self.model) for p in m.parameters() if p.requires_grad]
+            model: Any = self.model
+            maps = [p for m in mixers_of(model) for p in m.parameters() if p.requires_grad]
             known = {id(p) for p in maps}
-            others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+            others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
             rate = self.settings.learning_rate
             groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
             if maps:
@@ -200,7 +191,10 @@ def transfer(
         resume: go on from the newest checkpoint in ``directory``, if there is one.
 
     Raises:
-        TrainingDiverged: the loss is not finite; checkpoints written before stay.
+        TrainingDiverged: a loss or gradient is not finite; the model keeps the weights from before that step,
+            and checkpoints written before stay.
+        DataError: fewer rows than one step takes.
+        CheckpointError: the checkpoint to resume from is of other settings.
     """
     assert run.transfer is not None
     for parameter in model.parameters():
@@ -235,8 +229,6 @@ def finetune(
     add_lora(model, rank=settings.rank, alpha=settings.alpha, targets=lora_targets(model, settings))
     for mixer in mixers_of(model):
         mixer.requires_grad_(settings.train_maps)
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     callbacks = list(callbacks or [])
     stopping = settings.early_stopping
     if stopping is not None:
@@ -245,30 +237,57 @@ def finetune(
         run, settings, directory, seed=seed, eval_steps=None if stopping is None else stopping.every
     )
     trainer = FinetuneTrainer(model, arguments, rows, held_out, callbacks, settings=settings)
-    result = _run(trainer, model, directory, resume)
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    return result
+    with _recomputing(model) if run.gradient_checkpointing else nullcontext():
+        return _run(trainer, model, directory, resume)
+
+
+@contextmanager
+def _recomputing(model: Any) -> Generator[None]:
+    """Activations recomputed in the backward pass; transformers 5.23 renamed the switch."""
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    enable, disable = (
+        getattr(model, f"{'activation' if renamed else 'gradient'}_checkpointing_{verb}")
+        for verb in ("enable", "disable")
+    )
+    enable()
+    try:
+        yield
+    finally:
+        disable()
 
 
 def _run(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
-    checkpoint = latest_checkpoint(directory) if resume else None
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    model.eval()
-    row: Any = trainer.train_dataset[0]  # pyright: ignore
-    batch = int(trainer.args.per_device_train_batch_size) * int(trainer.args.gradient_accumulation_steps)
-    steps = trainer.state.global_step
-    return StageResult(
-        steps, steps * batch * len(row["input_ids"]), float(output.metrics["train_runtime"]), trainer.state.log_history
-    )
+    """Train from the start, from a checkpoint, or not at all where the stage is done; then freeze all."""
+    try:
+        done = finished_result(directory) if resume else None
+        if done is not None:
+            trainer.restore(directory)
+            return done
+        if not resume:
+            clear(directory)
+        checkpoint = latest_checkpoint(directory) if resume else None
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer.finish(directory)
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        model.eval()
 
 
 def lora_targets(model: nn.Module, settings: FinetuneConfig) -> tuple[str, ...]:
-    """The names LoRA attaches to: those asked for, or the attention projections the model has."""
+    """The names LoRA attaches to: those asked for, or the attention projections the model has.
+
+    Raises:
+        ConfigError: one that was asked for is the end of no module's name.
+    """
     if settings.targets is not None:
+        names = [f".{name}" for name, _ in model.named_modules()]
+        for target in settings.targets:
+            if not any(name.endswith(f".{target}") for name in names):
+                raise ConfigError(
+                    f"finetune.targets: expected names of modules, for instance q_proj, got {target!r}."
+                )
         return settings.targets
     present = {name for module in attention_modules(model) for name, _ in module.named_children()}
     return tuple(name for name in PROJECTIONS if name in present)

@@ -1,30 +1,54 @@
-"""transformers' Trainer, narrowed to what both stages need: save only what trains, stop on a loss that is not finite."""
+"""transformers' Trainer, narrowed to what both stages need: save what trains, stop where a loss diverges."""
 
 from __future__ import annotations
 
-import math
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from equipoise.config import RunConfig, Schedule
 from equipoise.data.packing import collate
+from equipoise.data.sources import DataError
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
-from equipoise.models.storage import load_tensors, write_atomically
+from equipoise.models.storage import CheckpointError, load_tensors, write_atomically
 from equipoise.train.probe import BranchProbe
 
 TRAINED = "trained.safetensors"
-"""The trained weights in a training checkpoint."""
+"""The trained weights, in a training checkpoint and beside `FINISHED`."""
+FINISHED = "finished.json"
+"""Written when a stage is done, so that a run killed later does not go through it again."""
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is not a number any more; the message says where, and what to lower."""
+class TrainingDiverged(RuntimeError):  # noqa: N818 (it tells what happened)
+    """A loss or gradient is not a number any more; the message says where, and what to lower."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did.
+
+    Attributes:
+        steps: optimiser steps taken.
+        tokens: training tokens seen.
+        seconds: time spent training, all runs of a stage that was resumed together.
+        history: what was logged, in order.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    history: list[dict[str, float]]
 
 
 def training_arguments(
@@ -47,11 +71,13 @@ def training_arguments(
         max_steps=stage.max_steps or -1, learning_rate=stage.learning_rate, weight_decay=0.0, adam_beta2=0.99,
         max_grad_norm=stage.max_grad_norm, warmup_steps=stage.warmup,
         lr_scheduler_type="constant_with_warmup" if stage.decay == "constant" else stage.decay,
-        bf16=bf16, use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed, remove_unused_columns=False,
-        label_names=["labels"], logging_strategy="steps", logging_steps=10, logging_nan_inf_filter=False,
+        bf16=bf16, use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed,
+        remove_unused_columns=False, label_names=["labels"],
+        logging_strategy="steps", logging_steps=10, logging_nan_inf_filter=False,
         logging_first_step=True, report_to=[], disable_tqdm=True, save_strategy="steps",
-        save_steps=eval_steps or 200, save_total_limit=2, dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_drop_last=True, **evaluation,
+        save_steps=eval_steps or stage.save_every, save_total_limit=2,
+        restore_callback_states_from_checkpoint=True, dataloader_pin_memory=torch.cuda.is_available(),
+        **evaluation,
     )  # fmt: skip
 
 
@@ -63,6 +89,9 @@ class StageTrainer(Trainer):
         arguments: of transformers.
         rows, held_out: packed rows to train on and to evaluate with.
         callbacks: progress and early stopping.
+
+    Raises:
+        DataError: fewer rows than one step takes.
     """
 
     stage_name = "training"
@@ -75,15 +104,35 @@ class StageTrainer(Trainer):
         held_out: Dataset[Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        count: int = len(rows)  # pyright: ignore[reportArgumentType]
+        self.rows_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        if count < self.rows_a_step:
+            raise DataError(
+                f"expected at least {self.rows_a_step} rows of training data, one step of {self.stage_name}, "
+                f"got {count}. Give more data, or lower {self.stage_name}.batch_size or data.context_length."
+            )
         super().__init__(
             model=model, args=arguments, data_collator=collate, train_dataset=rows, eval_dataset=held_out,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), StageClock()],
         )  # fmt: skip
-        self.remove_callback(_default_printer())
+        self.remove_callback(PrinterCallback)
         self.branch_metrics: dict[str, float] = {}
         self._micro_step, self._micro_of = 0, -1
+        self._was_over = False
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training so far."""
+        clocks = [c for c in self.callback_handler.callbacks if isinstance(c, StageClock)]
+        return clocks[0].total()  # restored by Trainer from a checkpoint as another object
 
     # ---- steps
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RandomSampler:
+        """Whole steps only: what is left of an epoch would make a smaller step, and how small would be up to
+        micro_batch_size."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return RandomSampler(rows, num_samples=len(rows) // self.rows_a_step * self.rows_a_step)
 
     def micro_step(self) -> int:
         """Which micro batch of the present optimiser step this is; call once a training step."""
@@ -98,17 +147,27 @@ class StageTrainer(Trainer):
         step = self.state.global_step + 1
         return step == 1 or step % int(self.args.logging_steps) == 0
 
-    def check_finite(self, loss: Tensor, where: str = "") -> None:
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self._was_over = bool(self.control.should_training_stop)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._was_over:  # resumed from its last checkpoint; Trainer would take one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def check_finite(self, value: Tensor, what: str) -> None:
         """Stop before the optimiser takes in a gradient that is not finite.
 
         Raises:
             TrainingDiverged: names the step, and what to lower.
         """
-        if bool(torch.isfinite(loss)):
+        if bool(torch.isfinite(value)):
             return
         raise TrainingDiverged(
-            f"{self.stage_name}: the loss{where} is {loss.item()} at step {self.state.global_step + 1}. The weights of "
-            f"that step were not used. Lower {self.stage_name}.learning_rate (now {self.args.learning_rate:g}) or "
+            f"{self.stage_name}: the {what} is {value.item()} at step {self.state.global_step + 1}; that "
+            f"step was not taken. Lower {self.stage_name}.learning_rate (now {self.args.learning_rate:g}) or "
             f"{self.stage_name}.max_grad_norm (now {self.args.max_grad_norm:g})."
         )
 
@@ -124,19 +183,47 @@ class StageTrainer(Trainer):
 
     # ---- checkpoints: only what trains
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        weights = {name: p.detach().contiguous() for name, p in self.trained().items()}
         write_atomically(directory / TRAINED, lambda path: save_file(weights, path))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights = load_tensors(Path(resume_from_checkpoint) / TRAINED)
-        own = dict((model or self.model).named_parameters())
+        own = self.trained()
+        if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in weights.items()}:
+            raise CheckpointError(
+                f"{resume_from_checkpoint}: was saved with other settings of {self.stage_name} than those "
+                "given now. Go on with the settings the run was started with, or start anew."
+            )
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
+
+    def finish(self, directory: Path) -> StageResult:
+        """Leave the trained weights and the result in the stage's directory, for a run killed later."""
+        row: Any = self.train_dataset[0]  # pyright: ignore
+        steps = self.state.global_step
+        result = StageResult(
+            steps=steps,
+            tokens=steps * self.rows_a_step * self.args.world_size * len(row["input_ids"]),
+            seconds=self.seconds,
+            history=self.state.log_history,
+        )
+        if self.args.should_save:
+            self._save(str(directory))
+            write_finished(directory, result)
+        return result
+
+    def restore(self, directory: Path) -> None:
+        """Take the weights that `finish` left."""
+        self._load_from_checkpoint(str(directory))
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
@@ -163,22 +250,58 @@ class _Probing:
             self.trainer.branch_metrics = self.probe.results()
 
 
-def _default_printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
+class StageClock(TrainerCallback, ExportableState):
+    """Time spent on a stage, also before it was killed and resumed."""
 
-    return PrinterCallback
+    def __init__(self, before: float = 0.0) -> None:
+        self.before, self.since = before, time.monotonic()
+
+    def total(self) -> float:
+        """Seconds so far."""
+        return self.before + time.monotonic() - self.since
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"before": self.total()}, "attributes": {}}
+
+
+# ---- what a stage leaves on disk
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete training checkpoint of a stage; half-written ones are passed over."""
-    found = [
-        path
-        for path in directory.glob("checkpoint-*")
-        if (path / TRAINED).is_file() and (path / "trainer_state.json").is_file()
-    ]
+    found = [path for path in directory.glob("checkpoint-*") if _is_complete(path)]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def steps_of(stage: Schedule, rows: int) -> int:
-    """Optimiser steps a stage takes over so many packed rows."""
-    return stage.max_steps or max(1, math.ceil(rows // stage.batch_size * stage.epochs))
+def _is_complete(checkpoint: Path) -> bool:
+    """trainer_state.json is what Trainer writes last: one that reads as JSON stands for all the rest."""
+    if not checkpoint.name.rpartition("-")[2].isdigit() or not (checkpoint / TRAINED).is_file():
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def finished_result(directory: Path) -> StageResult | None:
+    """What a stage that ran to its end left; None if it did not."""
+    path = directory / FINISHED
+    return StageResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def write_finished(directory: Path, result: StageResult) -> None:
+    """Note that the stage is done; its weights must be there already."""
+    text = json.dumps(asdict(result))
+    write_atomically(directory / FINISHED, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def clear(directory: Path) -> None:
+    """Take away what an earlier run of the stage left, which a later resume would mistake for this one's."""
+    (directory / FINISHED).unlink(missing_ok=True)
+    for path in directory.glob("checkpoint-*"):
+        if (path / TRAINED).is_file():
+            shutil.rmtree(path)

@@ -1,0 +1,108 @@
+"""The `equipoise` command: its verbs, its global options, and what a failure looks like.
+
+Verbs live in `equipoise.commands`, one file each. Nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from equipoise import __version__
+from equipoise.commands.audit import audit_command
+from equipoise.commands.convert import convert_command
+from equipoise.commands.demo import demo_command
+from equipoise.commands.failures import INTERRUPTED, explain
+from equipoise.commands.generate import generate_command
+from equipoise.commands.output import say_error, set_debugging
+from equipoise.commands.recipes import recipes_command
+
+PROGRAM = "equipoise"
+_DEBUG = "--debug"
+
+
+class Verbs(TyperGroup):
+    """All verbs; turns what they raise into one short message and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run the command line: 0 success, 1 the work failed, 2 wrong usage, 130 interrupted."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        arguments = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except typer.Abort:
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:  # `equipoise recipes | head`: the reader has what it wants
+            _close_pipe()
+        except Exception as error:
+            if _DEBUG in arguments:
+                raise
+            code, message = explain(error)
+            if type(error).__name__ == "NoArgsIsHelpError":  # `equipoise` alone: the message is the help
+                typer.echo(message, err=True)
+            else:
+                say_error(message)
+        sys.exit(code or 0)
+
+
+def _close_pipe() -> NoReturn:
+    """Leave without Python's own complaint when it flushes stdout on exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+app = typer.Typer(
+    name=PROGRAM,
+    cls=Verbs,
+    rich_markup_mode=None,  # help as plain text: it is piped, searched and copied
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option(_DEBUG, help="Show tracebacks and the libraries' warnings; goes before the verb.")
+    ] = False,
+) -> None:
+    """Convert pretrained transformers into hybrids of window softmax and linear attention, and audit both.
+
+    \b
+    equipoise demo --output out/demo
+    equipoise convert meta-llama/Llama-3.2-1B --recipe ssd --output out/ssd
+    equipoise audit out/ssd --output out/audit
+    """
+    set_debugging(debug)
+
+
+VERBS = (
+    ("convert", convert_command, "Make a hybrid of a softmax model."),
+    ("audit", audit_command, "Show which branch of hybrids does the work."),
+    ("generate", generate_command, "Go on from a prompt, in any branch state."),
+    ("recipes", recipes_command, "List recipes, or show one whole."),
+    ("demo", demo_command, "All of it on a small scale, without network or GPU."),
+)
+for _name, _verb, _summary in VERBS:
+    app.command(_name, short_help=_summary)(_verb)
+
+
+def main() -> None:
+    """Entry point of the `equipoise` command."""
+    app(prog_name=PROGRAM)

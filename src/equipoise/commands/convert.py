@@ -1,0 +1,115 @@
+"""`equipoise convert`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from equipoise.commands.failures import FAILED, INTERRUPTED, VerbError, told_when_full
+from equipoise.commands.output import progress, quieten, results, say
+from equipoise.config import merge, parse_assignments
+
+if TYPE_CHECKING:
+    from equipoise.config import RunConfig
+
+STAGES = ("transfer", "finetune")
+
+
+def convert_command(
+    donor: Annotated[str, typer.Argument(metavar="DONOR", help="Model directory, or a name on the Hub.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE", help="See `equipoise recipes`, or a YAML file.")
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New directory for the result.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SOURCE", help="File, folder, Hub data set or `stdlib`, to train on."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", metavar="N", min=1, help="Optimiser steps of each stage.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the donor.")
+    ] = False,
+) -> None:
+    """Convert a softmax model into a hybrid by a recipe.
+
+    \b
+    equipoise convert meta-llama/Llama-3.2-1B --recipe ssd --output out/ssd
+    equipoise convert ./donor --recipe lolcats --output out/lolcats --data corpus.jsonl \\
+        --set hybrid.window=32 --set finetune.learning_rate=5e-4 --max-steps 200
+    """
+    quieten()
+    run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps)
+    from equipoise.train.convert import WORK, convert
+    from equipoise.train.trainer import TrainingDiverged, latest_checkpoint
+
+    try:
+        with told_when_full(
+            output, "No half-written model was left there. Free some space and go on with --resume."
+        ):
+            convert(
+                donor,
+                run,
+                output,
+                seed=seed,
+                resume=resume,
+                console=progress(),
+                trust_remote_code=trust_remote_code,
+            )
+    except KeyboardInterrupt:
+        raise VerbError(_interrupted(output / WORK), INTERRUPTED) from None
+    except TrainingDiverged as error:
+        kept = [path for stage in STAGES if (path := latest_checkpoint(output / WORK / stage)) is not None]
+        last = f" The last good training checkpoint is kept: {kept[-1]}." if kept else ""
+        raise VerbError(f"{error}{last}", FAILED) from error
+    _say_next(run, output)
+
+
+def resolve(recipe: str, *, data: str | None, assignments: list[str], max_steps: int | None) -> RunConfig:
+    """The recipe with the command line's changes: --set over --max-steps, --data over both.
+
+    Raises:
+        UnknownNameError, ConfigError: as `load_recipe`.
+    """
+    changes = parse_assignments(assignments)
+    if data is not None:
+        changes = merge(changes, {"data": {"source": data}})
+    from equipoise.train.recipes import load_recipe
+
+    run = load_recipe(recipe, changes)
+    shipped = load_recipe(recipe)
+    for part in ("hybrid", *STAGES):
+        if getattr(shipped, part) is None and getattr(run, part) is not None:
+            say(progress(), f"note: {run.name} has no {part} of its own; --set adds one", style="yellow")
+    if max_steps is None:
+        return run
+    present = [stage for stage in STAGES if getattr(run, stage) is not None]
+    steps: dict[str, Any] = {stage: {"max_steps": max_steps} for stage in present}
+    return load_recipe(recipe, merge(steps, changes))
+
+
+def _interrupted(work: Path) -> str:
+    if any(work.glob("*/checkpoint-*")):
+        return f"interrupted. The same command with --resume goes on from the checkpoints in {work}."
+    return "interrupted before the first training checkpoint; nothing was kept."
+
+
+def _say_next(run: RunConfig, output: Path) -> None:
+    place, console = shlex.quote(str(output)), results()
+    what = "fine-tuned softmax model" if run.hybrid is None else "hybrid"
+    say(console, f"{run.name}: {what} in {place}")
+    if run.hybrid is None:
+        say(console, f"next: equipoise generate {place} 'Once upon a time'")
+        return
+    beside = shlex.quote(str(output.with_name(output.name + "-audit")))
+    say(console, f"next: equipoise audit {place} --output {beside}")

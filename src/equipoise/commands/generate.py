@@ -1,0 +1,147 @@
+"""`equipoise generate`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError
+from equipoise.commands.output import progress, quieten, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STATES = "both, window, linear, none, sinks, softmax or softmax_lora"
+
+
+def generate_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, or a name on the Hub.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text to go on from.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt there; - for stdin.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Stop after so many.")
+    ] = 128,
+    branch: Annotated[
+        str | None, typer.Option("--branch", metavar="STATE", help=f"{STATES}; default both.")
+    ] = None,
+    reading: Annotated[
+        Literal["literal", "renormalised"],
+        typer.Option("--reading", help="One branch alone: at its weight in the hybrid, or at weight 1."),
+    ] = "renormalised",
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", min=0, max=1, help="Draw from this share of probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr.")] = False,
+) -> None:
+    """Stream a model's continuation of a prompt to stdout, in any branch state.
+
+    Says on stderr how many bytes the decode state took. `softmax` is the donor.
+
+    \b
+    equipoise generate out/ssd "Once upon a time" --branch linear
+    """
+    text = read_prompt(prompt, prompt_file)
+    if not top_p > 0:
+        raise UsageError(f"--top-p: expected a share above 0 and up to 1, got {top_p}.")
+    quieten()
+    from equipoise.models.branches import branches, mode_of
+    from equipoise.models.load import load_model, load_tokenizer
+
+    if branch is not None:
+        mode_of(branch, reading)  # a misspelt state is known before any weight is read
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    converted = hasattr(loaded, "make_cache")
+    if branch is not None and not converted:
+        raise UsageError(
+            f"{model}: --branch switches the branches of a converted model, and this "
+            f"{loaded.config.model_type} is not converted. Leave --branch out, or convert it first."
+        )
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    tokens = encode(tokenizer, text, loaded)
+    try:
+        with branches(loaded, branch or "both", reading=reading) if converted else nullcontext():
+            done = stream(loaded, tokenizer, tokens, limit=max_new_tokens, seed=seed, sampling=sampling)
+    except KeyboardInterrupt:
+        raise VerbError("interrupted.", INTERRUPTED) from None
+    if not quiet:
+        read = int(done.sequences.shape[1])
+        say(progress(), f"decode state: {cache_bytes(done.past_key_values):,} bytes after {read:,} tokens")
+
+
+def read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt, wherever it stands.
+
+    Raises:
+        UsageError: none, or two of them.
+    """
+    if (prompt is None) == (file is None):
+        raise UsageError("expected one prompt: either as an argument or with --prompt-file.")
+    if prompt is not None:
+        return prompt
+    try:
+        return sys.stdin.read() if file == "-" else Path(str(file)).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--prompt-file {file}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--prompt-file {file}: expected UTF-8 text, got other bytes.") from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel) -> Tensor:
+    """The prompt's tokens, [1, T].
+
+    Raises:
+        UsageError: no token, or one past the model's vocabulary.
+    """
+    tokens: Any = tokenizer(text, return_tensors="pt").input_ids
+    if tokens.numel() == 0:
+        raise UsageError("expected a prompt of at least one token, got none.")
+    config: Any = model.config.get_text_config(decoder=True)
+    if int(tokens.max()) >= config.vocab_size:
+        raise UsageError(
+            f"expected token ids below the model's vocabulary size {config.vocab_size}, got "
+            f"{int(tokens.max())}: the tokenizer is not this model's."
+        )
+    return tokens.to(model.device)
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    *,
+    limit: int,
+    seed: int,
+    sampling: dict[str, Any],
+) -> Any:
+    """Generate to stdout; gives back what transformers does, cache included."""
+    import torch
+    from transformers import TextStreamer
+
+    torch.manual_seed(seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    writer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
+    generator: Any = model
+    return generator.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), streamer=writer, pad_token_id=pad,
+        max_new_tokens=limit, return_dict_in_generate=True, **sampling,
+    )  # fmt: skip
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes a decode cache holds, a hybrid's or transformers' own."""
+    if hasattr(cache, "state_bytes"):
+        return int(cache.state_bytes())
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))

@@ -1,0 +1,65 @@
+"""Where verbs write: results on stdout, everything else on stderr, nothing of the libraries' own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from contextvars import ContextVar
+
+from rich.console import Console
+from rich.text import Text
+
+PIPED_WIDTH = 100
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def results() -> Console:
+    """What the verb was asked for; on stdout."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(file=sys.stdout, highlight=False, width=wide)
+
+
+def progress() -> Console:
+    """What happens meanwhile; on stderr."""
+    wide = None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(file=sys.stderr, highlight=False, width=wide)
+
+
+def say(console: Console, message: str, *, style: str = "") -> None:
+    """Print text as it is: no markup read into it, and only the terminal breaks its lines."""
+    console.print(Text(message, style=style), soft_wrap=True)
+
+
+def say_error(message: str) -> None:
+    """One `error: …` on stderr, red where that can be seen."""
+    console = progress()
+    console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+
+
+_debugging: ContextVar[bool] = ContextVar("debugging", default=False)
+
+
+def set_debugging(wanted: bool) -> None:
+    """Note what --debug said, for the verb that follows."""
+    _debugging.set(wanted)
+
+
+def quieten() -> None:
+    """Load the libraries, and stop their own progress bars, notices and warnings unless debugging."""
+    if not _debugging.get():
+        warnings.simplefilter("ignore")
+    # Before anything that imports peft: loaded first, peft would be asked for by our Auto classes half-way.
+    importlib.import_module("equipoise.models.load")
+    if _debugging.get():
+        return
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()

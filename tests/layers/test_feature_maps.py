@@ -1,0 +1,141 @@
+"""Feature maps: sizes, initialisation, formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import normal
+
+from equipoise.config import HybridConfig
+from equipoise.layers.feature_maps import FEATURE_MAPS, FeatureMap
+from equipoise.layers.mixer import HybridMixer
+from equipoise.registry import UnknownNameError
+
+DIM = 8
+
+
+def made(name: str, *, heads: int = 4, features: int = 2 * DIM, seed: int = 0) -> FeatureMap:
+    phi = FEATURE_MAPS[name](heads, DIM, features)
+    phi.reset_parameters(torch.Generator().manual_seed(seed))
+    return phi.double()
+
+
+def mixer(layer_idx: int = 0, seed: int = 0, **settings: object) -> HybridMixer:
+    built = HybridMixer(HybridConfig(**settings), heads=4, kv_heads=2, head_dim=DIM, layer_idx=layer_idx)
+    built.reset_parameters(seed)
+    return built
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "exp", "relu", "elu", "none"])
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_shapes(name: str, multiple: int) -> None:
+    phi = made(name, features=multiple * DIM)
+    columns = multiple * DIM // (2 if phi.two_sided else 1)
+    assert phi.weight.shape == (4, DIM, columns)
+    assert (phi.bias is not None) == (name == "relu")
+    assert phi.two_sided == (name in ("hedgehog", "exp", "elu"))
+    assert phi(normal(2, 4, 5, DIM)).shape == (2, 4, 5, multiple * DIM)
+    assert phi(normal(2, 4, 0, DIM)).shape == (2, 4, 0, multiple * DIM)  # blocks may be empty
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_starts_at_the_identity_plus_noise(multiple: int) -> None:
+    phi = made("hedgehog", heads=64, features=multiple * DIM)
+    columns = multiple * DIM // 2
+    identity = torch.zeros(DIM, columns, dtype=torch.float64)
+    for column in range(columns):
+        identity[column % DIM, column] = 1  # cut off at D / 2 columns, repeated at 2 D
+    noise = (phi.weight - identity).flatten()
+    assert noise.std().item() == pytest.approx(0.1, rel=0.05)
+    assert abs(noise.mean().item()) < 0.01
+    assert torch.equal(made("relu").bias, torch.zeros(4, 1, 2 * DIM, dtype=torch.float64))
+
+
+def test_initialisation_depends_on_seed_and_layer_only() -> None:
+    torch.manual_seed(1)
+    first = mixer(layer_idx=3, seed=7)
+    torch.manual_seed(2)
+    again = mixer(layer_idx=3, seed=7)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(first.phi_q.weight, first.phi_k.weight)
+    assert not torch.equal(first.phi_q.weight, mixer(layer_idx=4, seed=7).phi_q.weight)
+    assert not torch.equal(first.phi_q.weight, mixer(layer_idx=3, seed=8).phi_q.weight)
+    assert not torch.equal(first.phi_q.weight[0], first.phi_q.weight[1])
+
+
+def test_initialisation_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    mixer()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_hedgehog() -> None:
+    phi, x = made("hedgehog"), normal(2, 4, 5, DIM)
+    projected = torch.einsum("bhtd,hdf->bhtf", x, phi.weight)
+    expected = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
+    torch.testing.assert_close(phi(x), expected)
+    far = phi(100 * x)
+    assert far.min() == 1e-12
+    assert torch.equal(far, phi(100 * x).clamp(1e-12))
+
+
+def test_exp_maximum_cancels_in_queries_not_in_keys() -> None:
+    phi, q, k, v = made("exp"), *(normal(1, 4, 6, DIM, seed=s) for s in range(3))
+    both = torch.cat([q @ phi.weight, -(q @ phi.weight)], -1)
+    top = both.amax(-1, keepdim=True)
+    torch.testing.assert_close(phi(q), torch.exp(both - top))
+    assert phi(q).max() == 1
+
+    def attend(phi_q: torch.Tensor, phi_k: torch.Tensor) -> torch.Tensor:
+        weights = (phi_q @ phi_k.mT).tril()
+        return weights @ v / weights.sum(-1, keepdim=True)
+
+    torch.testing.assert_close(attend(phi(q), phi(k)), attend(torch.exp(both), phi(k)))
+    raw_keys = torch.exp(torch.cat([k @ phi.weight, -(k @ phi.weight)], -1))
+    assert (attend(phi(q), phi(k)) - attend(phi(q), raw_keys)).abs().max() > 0.01
+
+
+def test_relu_is_one_sided_and_learns_a_bias() -> None:
+    phi, x = made("relu"), normal(1, 4, 5, DIM)
+    with torch.no_grad():
+        phi.bias.fill_(0.3)
+    torch.testing.assert_close(phi(x), (x @ phi.weight + 0.3).relu())
+
+
+def test_elu_and_none() -> None:
+    x = normal(1, 4, 5, DIM)
+    elu, none = made("elu"), made("none")
+    projected = x @ elu.weight
+    both = torch.cat([projected, -projected], -1)
+    torch.testing.assert_close(elu(x), torch.where(both > 0, both + 1, both.exp()))
+    torch.testing.assert_close(none(x), x @ none.weight)
+
+
+def test_maps_per_query_head_equal_repeating_the_keys() -> None:
+    phi, k = made("hedgehog"), normal(2, 2, 5, DIM)
+    torch.testing.assert_close(phi(k), phi(k.repeat_interleave(2, 1)), rtol=0, atol=0)
+
+
+def test_map_heads_setting() -> None:
+    per_query, per_key = mixer(), mixer(map_heads="key_value")
+    assert per_query.phi_k.weight.shape[0] == 4
+    assert per_key.phi_k.weight.shape[0] == 2
+    assert per_key.phi_q.weight.shape[0] == 4
+    assert per_key.phi_k(normal(1, 2, 3, DIM).float()).shape[1] == 2
+
+
+def test_inputs_in_low_precision_are_mapped_in_theirs() -> None:
+    phi = made("hedgehog").float()
+    assert phi(normal(1, 4, 3, DIM, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert phi.weight.dtype == torch.float32
+
+
+def test_odd_dimension_of_a_two_sided_map() -> None:
+    with pytest.raises(ValueError, match="even feature dimension, got 7"):
+        FEATURE_MAPS["hedgehog"](1, DIM, 7)
+
+
+def test_unknown_map_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown feature map 'hedgehod'. Did you mean 'hedgehog'\?"):
+        mixer(feature_map="hedgehod")

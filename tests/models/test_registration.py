@@ -1,0 +1,71 @@
+"""transformers' Auto classes know equipoise's models, whichever is imported first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import equipoise
+from equipoise.models.auto import classes_of, donor_classes_of
+from equipoise.models.families import SUPPORTED, ConversionError
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import equipoise\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport equipoise",
+        "from equipoise.models.adapters import add_lora\nfrom transformers import AutoModelForCausalLM",
+        "from equipoise.layers.cache import HybridCache\nfrom transformers import AutoModelForCausalLM",
+        "import peft\nimport equipoise\nfrom transformers import AutoModelForCausalLM",
+    ],
+    ids=["equipoise-first", "transformers-first", "adapters-first", "cache-first", "peft-first"],
+)
+def test_import_orders(imports: str) -> None:
+    code = f"""{imports}
+from transformers import AutoConfig
+config = AutoConfig.for_model("equipoise_llama")
+print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)
+"""
+    done = python(code)
+    assert done.stdout.split() == ["EquipoiseLlamaConfig", "EquipoiseLlamaForCausalLM"], done.stderr
+
+
+def test_without_equipoise_the_error_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "equipoise_llama"}))
+    done = python(f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})")
+    assert done.returncode != 0
+    assert "equipoise_llama" in done.stderr.splitlines()[-1] or "`equipoise_llama`" in done.stderr
+
+
+def test_every_family_has_classes() -> None:
+    for family in SUPPORTED:
+        config_class, model_class = classes_of(family)
+        assert config_class.model_type == f"equipoise_{family}"
+        assert model_class.config_class is config_class
+        donor_config, donor_model = donor_classes_of(config_class.model_type)
+        assert issubclass(config_class, donor_config)
+        assert issubclass(model_class, donor_model)
+        # `transformers serve` looks the class up by its name
+        assert getattr(sys.modules["transformers"], model_class.__name__) is model_class
+
+
+def test_not_a_converted_type() -> None:
+    with pytest.raises(ConversionError, match="got model type 'llama'"):
+        donor_classes_of("llama")
+
+
+def test_public_names() -> None:
+    for name in equipoise.__all__:
+        assert getattr(equipoise, name) is not None
+    assert set(equipoise.__all__) <= set(dir(equipoise))
+    with pytest.raises(AttributeError, match="no attribute 'hybridise'"):
+        equipoise.hybridise  # noqa: B018  # pyright: ignore
