@@ -30,14 +30,14 @@ from equipoise.train.convert import convert, prepare_output
 from equipoise.train.recipes import load_recipe
 
 RECIPES = ("lolcats", "zero-shot", "hedgecats", "ssd", "swa-sinks")
-BUDGET = 300
+BUDGET = 200
 """Optimiser steps each trained recipe gets, both stages together."""
 TRANSFER_SHARE = 0.75
-WINDOWS_PER_DOCUMENT = 6
+WINDOWS_PER_DOCUMENT = 4
 
 OVERRIDES: dict[str, Any] = {
     "data": {"source": "stdlib", "context_length": CONTEXT},
-    "hybrid": {"window": 64, "feature_multiple": 4},
+    "hybrid": {"window": 64},
     "transfer": {"learning_rate": 3e-2, "batch_size": 8},
     "finetune": {"learning_rate": 5e-4, "batch_size": 8},
 }

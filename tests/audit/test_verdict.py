@@ -30,9 +30,11 @@ def evidence(
     l1: float,
     half: float = 0.004,
     control: float | None = None,
+    untrained: float = 0.0,
 ) -> Evidence:
     """From recovered shares: literal window and linear (s0, l0), renormalised ones (s1, l1)."""
     return Evidence(
+        linear_live=near(l1 - max(0.0, untrained), half),
         both=near(both, half),
         window_alone=near(s1, half),
         linear_alone=near(l1, half),
@@ -60,6 +62,9 @@ USED_BUT_DEAD = evidence(both=0.85, s0=0.60, s1=0.62, l0=0.0, l1=0.01)
         # arXiv 2510.05901, LoLCATs' own Llama-3.1-8B and the paper's Mistral-7B, above no attention.
         (evidence(both=0.951, s0=0.960, s1=0.960, l0=0.001, l1=0.001), "collapsed"),
         (evidence(both=0.918, s0=0.920, s1=0.920, l0=0.011, l1=0.011), "collapsed"),
+        # a linear branch that does no better than its untrained maps has learned nothing, whatever those recover
+        (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.24, untrained=0.25), "collapsed"),
+        (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.40, untrained=0.25), "imbalanced"),
         (REPAIRED, "balanced"),
         (USED_BUT_DEAD, "imbalanced"),
         (evidence(both=0.95, s0=0.9, s1=0.945, l0=0.1, l1=0.2), "imbalanced"),  # alive, weak, adds nothing
@@ -130,7 +135,7 @@ def test_an_undefined_scale_is_inconclusive() -> None:
     nothing = Estimate(math.nan, (math.nan, math.nan))
     of = Evidence(
         both=nothing, window_alone=nothing, linear_alone=nothing, linear_adds=nothing,
-        window_adds=nothing, linear_removed=nothing, window_removed=nothing,
+        window_adds=nothing, linear_removed=nothing, window_removed=nothing, linear_live=nothing,
     )  # fmt: skip
     got = verdict(of)
     assert got.use == "inconclusive"

@@ -74,7 +74,7 @@ def test_made_from_a_configuration(converted: Any) -> None:
     fresh = mixers_of(hybridize(tiny_model(), HybridConfig(window=5, gate="per_head")))
     for one, other in zip(mixers_of(again), fresh, strict=True):
         assert torch.equal(one.phi_q.weight, other.phi_q.weight)
-    config = AutoConfig.for_model("equipoise_llama")
+    config = AutoConfig.for_model("equipoise_llama", num_hidden_layers=1, hidden_size=32, vocab_size=8)
     with pytest.raises(ConversionError, match="does not say how to convert"):
         type(converted)(config)
 

@@ -24,8 +24,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
         "import equipoise\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nimport equipoise",
         "from equipoise.models.adapters import add_lora\nfrom transformers import AutoModelForCausalLM",
-        "from equipoise.layers.cache import HybridCache\nfrom transformers import AutoModelForCausalLM",
-        "import peft\nimport equipoise\nfrom transformers import AutoModelForCausalLM",
+        pytest.param(
+            "from equipoise.layers.cache import HybridCache\nfrom transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "import peft\nimport equipoise\nfrom transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["equipoise-first", "transformers-first", "adapters-first", "cache-first", "peft-first"],
 )

@@ -171,7 +171,11 @@ class TestTransfer:
             mixer.phi_k.register_forward_pre_hook(
                 lambda module, args: seen.append((args[0] @ args[0].mT).dtype)
             )
+        donor: list[torch.dtype] = []
+        projection = model.get_decoder().layers[0].self_attn.k_proj
+        projection.register_forward_hook(lambda module, args, out: donor.append(out.dtype))
         result = transfer(model, run, rows, tmp_path)
+        assert set(donor) == {torch.bfloat16}
         assert set(seen) == {torch.float32}
         assert result.history[0]["loss"] > 0
 

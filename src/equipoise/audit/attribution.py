@@ -26,6 +26,8 @@ Reading = Literal["literal", "renormalised"]
 
 READINGS: tuple[Reading, ...] = get_args(Reading)
 DONOR = "softmax"
+UNTRAINED = "linear_untrained"
+"""The linear branch alone (renormalised) with its maps as they were before training: optional."""
 HYBRID_STATES = ("both", "window", "linear", "none", "sinks", "window_renormalised", "linear_renormalised")
 INTERVAL = 0.95
 # The bootstrap holds this many resampling counts at a time, so memory stays flat however many documents there

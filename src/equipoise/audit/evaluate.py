@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from equipoise.audit.attribution import DONOR, Estimate, ScoreTable
+from equipoise.audit.attribution import DONOR, UNTRAINED, Estimate, ScoreTable
 from equipoise.audit.report import CONTROL, ControlSetting, Layers, RunAudit, RunFacts, audit_run
 from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_batches
 from equipoise.layers.interface import mixers_of
@@ -187,6 +187,9 @@ def audit_model(
         name: donor if donor is not None and name == DONOR else run(branches(model, state, reading=reading))
         for name, (state, reading) in STATES.items()
     }
+    if config.feature_map is not None:
+        with untrained_maps(model, note.seed):
+            scores[UNTRAINED] = run(branches(model, "linear", reading="renormalised"))
     with adapters_disabled(model):
         control = AttentionMode("swa", window=setting.window, sinks=setting.sinks)
         scores[CONTROL] = run(branches(model, control))
@@ -200,6 +203,20 @@ def audit_model(
         benefit_difference=benefit, benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
     )  # fmt: skip
     return audit, table, scores[DONOR]
+
+
+@contextmanager
+def untrained_maps(model: nn.Module, seed: int) -> Generator[None]:
+    """The model with feature maps and gates as they were initialised, for the time of the block."""
+    trained = [(p, p.detach().clone()) for mixer in mixers_of(model) for p in mixer.parameters()]
+    try:
+        for mixer in mixers_of(model):
+            mixer.reset_parameters(seed)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in trained:
+                parameter.copy_(values)
 
 
 def _facts(model: PreTrainedModel, note: RunNote) -> RunFacts:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from equipoise.audit import advice
-from equipoise.audit.attribution import Draws, Estimate, recovered, recovered_difference
+from equipoise.audit.attribution import UNTRAINED, Draws, Estimate, recovered, recovered_difference
 
 Use = Literal[
     "window_only", "collapsed", "linear_only", "imbalanced", "redundant", "balanced", "inconclusive"
@@ -38,7 +38,8 @@ class Thresholds:
             2510.05901 measures lose nothing without their linear branch (Mistral-7B, Llama-3.1-8B; but
             Llama-3-8B loses 0.04 of this scale), those in miniatures at most 0.004; a branch that is used
             adds several points.
-        dead_linear: a linear branch that recovers no more than this alone is no better than no attention.
+        dead_linear: a linear branch that recovers no more than this alone is no better than no attention;
+            nor has one learned anything that recovers no more than this above its own untrained maps.
         stands_alone: a branch that recovers at least this much alone can do the work. Not a natural constant:
             it lies below what the linear branch of Mistral-7B recovers alone after one epoch of `weights`
             transfer (0.37) and far above the same after `hybrid-output` (0.03; both from arXiv 2510.05901,
@@ -83,6 +84,9 @@ class Evidence:
         window_adds: both - linear_alone.
         linear_removed: both - window (literal): what the hybrid loses without its linear term.
         window_removed: both - linear (literal).
+        linear_live: what the linear branch alone recovers beyond no attention, or beyond the same branch with
+            untrained maps where those were scored and recover anything: an average over all keys, which
+            identity maps come close to, is better than no attention and yet nothing that was learned.
         control_adds: the hybrid minus the untrained window with sinks at equal state bytes, on the same text,
             if it was measured. It flavours the advice; benefit is decided beyond both reaches only.
     """
@@ -94,6 +98,7 @@ class Evidence:
     window_adds: Estimate
     linear_removed: Estimate
     window_removed: Estimate
+    linear_live: Estimate
     control_adds: Estimate | None = None
 
 
@@ -125,7 +130,11 @@ class Finding:
 
 def gather(draws: Draws, *, control: str | None = None) -> Evidence:
     """The evidence in bootstrap draws; `control` names the control's state, if it was measured."""
+    live = recovered(draws, "linear_renormalised")
+    if UNTRAINED in draws.scores and recovered(draws, UNTRAINED).value > 0:
+        live = recovered_difference(draws, "linear_renormalised", UNTRAINED)
     return Evidence(
+        linear_live=live,
         both=recovered(draws, "both"),
         window_alone=recovered(draws, "window_renormalised"),
         linear_alone=recovered(draws, "linear_renormalised"),
@@ -183,7 +192,8 @@ def decide_use(
     - `window_only`, `linear_only`: the model has no other branch.
     - `inconclusive`: no branch, an undefined scale, or neither branch nor both recover anything.
     - `redundant`: each branch alone is as good as both.
-    - `collapsed`: the window alone is as good as both, and the linear branch alone is dead.
+    - `collapsed`: the window alone is as good as both, and the linear branch alone is dead: no better
+      than no attention, or than its own untrained maps.
     - `balanced`: each branch stands alone, and removing either from the hybrid costs something.
     - `imbalanced`: all else that is decided: a branch that cannot stand alone (a dead-looking linear branch
       that the hybrid nevertheless uses is here), or that can but is not used.
@@ -268,7 +278,9 @@ def _findings(evidence: Evidence, limits: Thresholds) -> dict[str, Finding]:
     return {
         "both_work": above(evidence.both, dead, "the hybrid recovers anything"),
         "window_works": above(evidence.window_alone, dead, "the window alone recovers anything"),
-        "linear_works": above(evidence.linear_alone, dead, "the linear branch alone recovers anything"),
+        "linear_works": above(
+            evidence.linear_live, dead, "the linear branch alone does more than with untrained maps"
+        ),
         "linear_adds": above(evidence.linear_adds, tolerance, "both do better than the window at weight 1"),
         "window_adds": above(
             evidence.window_adds, tolerance, "both do better than the linear branch at weight 1"
@@ -310,7 +322,8 @@ _CONCLUSIONS: dict[Use, str] = {
     "inconclusive": "No state recovers anything, so there is no work to share out.",
     "redundant": "Either branch alone does nearly everything that both do.",
     "collapsed": (
-        "The window does the work: alone it is as good as both, and the linear branch alone is dead."
+        "The window does the work: alone it is as good as both, and the linear branch alone is no better than "
+        "nothing, or than its untrained maps."
     ),
     "balanced": "Each branch stands alone, and removing either costs the hybrid something.",
 }

@@ -67,10 +67,7 @@ def generate_command(
             f"{model}: --branch switches the branches of a converted model, and this "
             f"{loaded.config.model_type} is not converted. Leave --branch out, or convert it first."
         )
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    tokens = encode(tokenizer, text, loaded)
+    tokens, sampling = encode(tokenizer, text, loaded), sampling_of(temperature, top_p)
     try:
         with branches(loaded, branch or "both", reading=reading) if converted else nullcontext():
             done = stream(loaded, tokenizer, tokens, limit=max_new_tokens, seed=seed, sampling=sampling)
@@ -79,6 +76,13 @@ def generate_command(
     if not quiet:
         read = int(done.sequences.shape[1])
         say(progress(), f"decode state: {cache_bytes(done.past_key_values):,} bytes after {read:,} tokens")
+
+
+def sampling_of(temperature: float, top_p: float) -> dict[str, Any]:
+    """transformers' settings for drawing tokens, none of them left to the model's own defaults."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:

@@ -164,14 +164,14 @@ def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
     )
 
     def initialise(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        config._attn_implementation = ATTENTION
-        super(model_class, self).__init__(config, *args, **kwargs)  # type: ignore[misc]
         described = config.equipoise
         if described is None:
             raise ConversionError(
                 f"{PREFIX}{donor_type}: the configuration does not say how to convert (no 'equipoise' "
                 "entry); make models of this class with hybridize() or from_pretrained()."
             )
+        config._attn_implementation = ATTENTION
+        super(model_class, self).__init__(config, *args, **kwargs)  # type: ignore[misc]
         attach(self, parse(HybridConfig, described["hybrid"]))
         self.post_init()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from equipoise.ops.types import accumulation_dtype
 
-BLOCK = 256
+BLOCK = 128
 FLOOR = 1e-12
 """Products of features are clamped here before the logarithm: maps can be zero, and some are signed."""
 

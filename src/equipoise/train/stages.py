@@ -68,7 +68,7 @@ class TransferTrainer(StageTrainer):
         decoder: Any = self.accelerator.unwrap_model(model).get_decoder()  # pyright: ignore
         decoder.eval()
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
-        with capture(model, observer), torch.no_grad(), self.compute_loss_context_manager():
+        with capture(model, observer), torch.no_grad(), self.accelerator.autocast():
             decoder(**arguments, use_cache=False)
         if logs:
             self.branch_metrics = _transfer_metrics(share, mixers_of(model))
