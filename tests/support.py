@@ -45,7 +45,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What a tiny donor of each supported family needs beside the common sizes."""
 
 
-def tiny_model(model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+def tiny_model(
+    model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Any:
     """A random causal language model of a family, ~20k parameters, in evaluation mode.
 
     Two layers, 4 query and 2 key/value heads of 8 (Gemma: three layers, the first one local with window 6).
@@ -70,7 +72,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["def window(size):\n    return size", "the quick brown fox jumps"] * 4, trainer)
+    backend.train_from_iterator(
+        ["def window(size):\n    return size", "the quick brown fox jumps"] * 4, trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )

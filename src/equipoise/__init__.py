@@ -1,4 +1,4 @@
-"""equipoise: convert pretrained transformers into hybrids of window softmax and linear attention, and audit both.
+"""equipoise: convert pretrained transformers into hybrids of window softmax and linear attention; audit both.
 
 Names are imported on first use, so that ``import equipoise`` and ``equipoise --help`` stay fast.
 """

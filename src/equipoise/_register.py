@@ -1,4 +1,4 @@
-"""Make ``AutoModelForCausalLM`` know equipoise's classes, without importing transformers before anyone needs it."""
+"""Make ``AutoModelForCausalLM`` know equipoise's classes, without importing transformers before its time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The embedded default: train a small donor on the spot, convert it by five recipes, audit them side by side.
 
-Needs no network and no data of its own: the text is the source code of Python's standard library. Everything runs
-through the same functions as a person's own run; only the donor is made here.
+Needs no network and no data of its own: the text is the source code of Python's standard library. Everything
+runs through the same functions as a person's own run; only the donor is made here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,17 @@ def run_demo(
             runs.append(audit)
     assert table is not None
     report = AuditReport(
-        donor=Donor.of(table, name="Llama, 0.9M parameters, trained by this demo", extra=asdict(settings)),
+        donor=replace(
+            Donor.of(table, name="Llama, 0.9M parameters, trained by this demo"), extra=asdict(settings)
+        ),
         metric=Metric.of(table, context_length=CONTEXT, data="Python's standard library, held-out files"),
         runs=tuple(runs),
     )
     paths = write_audit(report, output)
     console.print(console_table(report))
     for run in runs:
-        console.print(
-            f"[bold]{run.recipe}[/] (seed {run.seed}): {run.verdict.use}, {run.verdict.benefit}. {run.verdict.advice}"
-        )
+        words = f"{run.verdict.use}, {run.verdict.benefit}. {run.verdict.advice}"
+        console.print(f"[bold]{run.recipe}[/] (seed {run.seed}): {words}", highlight=False)
     console.print(f"\nReport: {paths['html']}  (data: {paths['json']})", soft_wrap=True)
     console.print(f"{time.monotonic() - started:.0f}s on {torch.get_num_threads()} threads", highlight=False)
     return report

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from equipoise.audit.attribution import UNTRAINED
 from equipoise.audit.evaluate import CONTROL_SINKS, STATES, RunNote, audit_model, score_documents
 from equipoise.audit.report import CONTROL, AuditReport, Donor, Metric, to_dict, validate_audit
 from equipoise.config import HybridConfig
@@ -104,9 +105,9 @@ class TestAudit:
         model, texts = hybrid(), windows(30, 40, 25, 31)
         ticks: list[int] = []
         run, table, donor = audit(model, texts, tick=lambda: ticks.append(1))
-        assert set(table.sums) == {*STATES, CONTROL}
-        assert set(run.states) == {*STATES, CONTROL} - {"softmax"}
-        assert len(ticks) == len(STATES) + 1
+        assert set(table.sums) == {*STATES, CONTROL, UNTRAINED}
+        assert set(run.states) == set(table.sums) - {"softmax"}
+        assert len(ticks) == len(table.sums)
         assert all(mixer.mode == AttentionMode() for mixer in mixers_of(model))
         report = AuditReport(
             donor=Donor.of(table, name="tiny"),
@@ -132,13 +133,28 @@ class TestAudit:
                 )
         assert len({round(float(sums.sum()), 6) for sums in table.sums.values()}) == len(table.sums)
 
+    def test_untrained_maps_are_those_of_the_runs_seed(self) -> None:
+        """And the trained ones are back in place afterwards."""
+        texts, model = windows(30, 40), hybridize(tiny_model(), HybridConfig(window=4), seed=NOTE.seed)
+        with branches(model, "linear", reading="renormalised"):
+            untrained = score(model, texts)
+        with torch.no_grad():
+            for mixer in mixers_of(model):
+                mixer.phi_k.weight.mul_(-2)
+        before = [p.clone() for mixer in mixers_of(model) for p in mixer.parameters()]
+        _, table, _ = audit(model, texts)
+        np.testing.assert_allclose(-table.sums[UNTRAINED], untrained.nll, rtol=1e-5)
+        assert not np.allclose(table.sums["linear_renormalised"], table.sums[UNTRAINED], rtol=1e-4)
+        after = [p for mixer in mixers_of(model) for p in mixer.parameters()]
+        assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
     def test_known_donor_is_not_run_again(self) -> None:
         model, texts = hybrid(), windows(30, 40)
         _, _, donor = audit(model, texts)
         ticks: list[int] = []
         _, table, again = audit(model, texts, donor=donor, tick=lambda: ticks.append(1))
         assert again is donor
-        assert len(ticks) == len(STATES)
+        assert len(ticks) == len(table.sums) - 1
         np.testing.assert_array_equal(-table.sums["softmax"], donor.nll)
 
     def test_donor_and_control_run_without_adapters(self) -> None:
@@ -179,6 +195,7 @@ class TestOneBranch:
     def test_without_a_linear_branch(self) -> None:
         run, table, _ = audit(hybrid(feature_map=None, sinks=4), windows(30, 40))
         assert run.verdict.use == "window_only"
+        assert UNTRAINED not in table.sums
         assert run.verdict.benefit == "untested"
         assert "SWA + sinks itself" in run.verdict.reason
         np.testing.assert_array_equal(table.sums["linear"], table.sums["none"])

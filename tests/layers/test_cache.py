@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_tokens, tiny_model
 from transformers import DynamicCache
 
 from equipoise import HybridCache, HybridConfig, branches, hybridize
 from equipoise.layers.cache import CacheError, HybridCacheLayer
 from equipoise.ops import Branches
+from support import random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 24)
 
 
 @pytest.fixture
 def model() -> Any:
-    return hybridize(tiny_model(dtype=torch.float64), HybridConfig(window=5, overlap=False, sinks=2, layout="terraced"))
+    return hybridize(
+        tiny_model(dtype=torch.float64), HybridConfig(window=5, overlap=False, sinks=2, layout="terraced")
+    )
 
 
 @torch.no_grad()
@@ -44,7 +46,8 @@ def measured(cache: HybridCache) -> int:
 @pytest.mark.parametrize("padded", [False, True])
 def test_bytes_do_not_grow(padded: bool) -> None:
     model = hybridize(
-        tiny_model(max_position_embeddings=8192), HybridConfig(window=16, overlap=False, sinks=2, layout="terraced")
+        tiny_model(max_position_embeddings=8192),
+        HybridConfig(window=16, overlap=False, sinks=2, layout="terraced"),
     )
     sizes = []
     for length in (64, 4096):
@@ -66,7 +69,9 @@ def test_softmax_state_keeps_every_key(model: Any) -> None:
         whole = read(model, None, TOKENS)
         split = torch.cat([read(model, cache, TOKENS[:, :10]), read(model, cache, TOKENS[:, 10:])], 1)
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-10)
-    assert cache.state_bytes() == measured(cache) == 2 * 2 * (2 * 2 * 24 * 8) * 8  # layers, k and v, [B, N, T, D]
+    assert (
+        cache.state_bytes() == measured(cache) == 2 * 2 * (2 * 2 * 24 * 8) * 8
+    )  # layers, k and v, [B, N, T, D]
 
 
 ROWS = torch.tensor([True, False])
@@ -86,11 +91,14 @@ def test_every_state_decodes_as_it_reads(model: Any, number: int) -> None:
         split = torch.cat([read(model, cache, part) for part in TOKENS.split(7, 1)], 1)
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-10)
     for other, other_reading in STATES:
-        if (other, other_reading) == (state, reading) or "softmax" in (state, other) and state == other:
+        if (other, other_reading) == (state, reading) or ("softmax" in (state, other) and state == other):
             continue
         if state == "softmax":
             continue  # a full cache of keys; refused below
-        with branches(model, other, reading=other_reading), pytest.raises(CacheError, match=r"branches|softmax"):
+        with (
+            branches(model, other, reading=other_reading),
+            pytest.raises(CacheError, match=r"branches|softmax"),
+        ):
             read(model, cache, TOKENS[:, :1])
 
 
@@ -181,5 +189,5 @@ def test_generation_refuses_caches_of_other_kinds(model: Any) -> None:
 
 
 def test_assisted_generation_is_refused(model: Any) -> None:
-    with pytest.raises((CacheError, ValueError), match="crop|assist|rollback|roll"):
+    with pytest.raises((CacheError, ValueError), match=r"crop|assist|roll"):
         model.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import normal
 
 from equipoise.config import HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS, FeatureMap
 from equipoise.layers.mixer import HybridMixer
 from equipoise.registry import UnknownNameError
+from support import normal
 
 DIM = 8
 

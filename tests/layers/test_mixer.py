@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import normal, padding_mask, segments_of
 from torch import Tensor, nn
 
 from equipoise.config import HybridConfig
@@ -16,6 +15,7 @@ from equipoise.layers.interface import equipoise_attention
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.layers.softmax import donor_attention
 from equipoise.ops import Branches, window_attention
+from support import normal, padding_mask, segments_of
 
 DIM = 8
 
@@ -56,7 +56,9 @@ def test_donor_attention(window: int | None, softcap: float | None, masked: str,
     """Softmax as the donor computes it, ``new`` queries over 30 keys."""
     packed = masked == "packed"
     mask = None if packed else padding_mask(masked, 30)
-    seen = inputs(sliding_window=window, softcap=softcap, key_mask=mask, segment_ids=segments_of(30) if packed else None)
+    seen = inputs(
+        sliding_window=window, softcap=softcap, key_mask=mask, segment_ids=segments_of(30) if packed else None
+    )
     seen = replace(seen, q=seen.q[:, :, -new:])
     real = torch.ones(2, new, dtype=torch.bool) if mask is None else mask[:, -new:]
     out, expected = donor_attention(seen), naive(seen)
@@ -73,7 +75,9 @@ def test_donor_attention_does_not_guess_the_segments_of_a_cache() -> None:
 def test_gates() -> None:
     assert mixer(gate_value=0.3).gate() == 0.3
     learned = mixer(gate="per_head", gate_value=0.3)
-    torch.testing.assert_close(learned.gate(), torch.full((4, 1), 0.3, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        learned.gate(), torch.full((4, 1), 0.3, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     seen = inputs()
     fixed = mixer(gate_value=0.3)
     torch.testing.assert_close(learned.hybrid(seen)[0], fixed.hybrid(seen)[0], rtol=0, atol=1e-6)
@@ -131,7 +135,7 @@ class _Attention(nn.Module):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"attention_mask": torch.ones(2, 1, 30, 30)}, r"2D padding mask .* got a mask of shape \[2, 1, 30, 30\]"),
+        ({"attention_mask": torch.ones(2, 1, 30, 30)}, r"2D padding mask .* of shape \[2, 1, 30, 30\]"),
         ({"dropout": 0.1}, "dropout 0, got 0.1"),
         ({"cache": object()}, "paged continuous batching"),
         ({"s_aux": torch.zeros(4)}, "attention sinks as logits .s_aux."),

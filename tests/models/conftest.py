@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_model
 from transformers import AutoModelForCausalLM
 
 from equipoise import HybridConfig, hybridize, record_donor
+from support import tiny_model
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_tokens, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from equipoise import ConversionError, branches, merge_adapters, revert
 from equipoise.layers.interface import mixers_of
 from equipoise.models import adapters
 from equipoise.models.storage import CheckpointError
+from support import random_tokens, tiny_model
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(2, 20)
@@ -66,9 +66,7 @@ def test_save_and_load(tuned: Any, tmp_path: Path, delta: bool, logits: Logits) 
 def test_bfloat16_donors_keep_float32_adapters(tuned: Any, tmp_path: Path, delta: bool) -> None:
     tuned.save_pretrained(tmp_path / "saved", delta=delta)
     loaded = load(tmp_path / "saved", dtype=torch.bfloat16)
-    mine, theirs = (
-        {n: p for n, p in model.named_parameters() if "lora_" in n} for model in (tuned, loaded)
-    )
+    mine, theirs = ({n: p for n, p in model.named_parameters() if "lora_" in n} for model in (tuned, loaded))
     assert mine.keys() == theirs.keys()
     for name, parameter in theirs.items():
         assert parameter.dtype == torch.float32
@@ -139,5 +137,5 @@ def test_damaged_or_foreign_adapters_are_refused(tuned: Any, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="the adapters do not fit the model"):
         load(tmp_path / "saved")
     path.unlink()
-    with pytest.raises(CheckpointError, match="expected lora/adapter_model.safetensors, found none"):
+    with pytest.raises(CheckpointError, match=r"expected lora/adapter_model.safetensors, found none"):
         load(tmp_path / "saved")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_tokens, tiny_model
 from torch import Tensor, nn
 
 from equipoise import BRANCH_STATES, Branches, ConversionError, HybridConfig, branches, capture, hybridize
@@ -16,6 +15,7 @@ from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.branches import observe
 from equipoise.models.surgery import attention_modules
 from equipoise.registry import UnknownNameError
+from support import random_tokens, tiny_model
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(2, 24)

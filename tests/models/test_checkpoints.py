@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import random_tokens, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from equipoise import ConversionError, HybridConfig, hybridize, record_donor, revert
 from equipoise.layers.interface import mixers_of
 from equipoise.models.storage import MIXERS, CheckpointError, fingerprint, write_atomically
+from support import random_tokens, tiny_model
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(2, 20)
@@ -138,7 +138,12 @@ def test_a_missing_donor_is_named(delta: Path, donor_path: Path) -> None:
 
 
 def test_a_donor_moved_along_is_found(
-    delta: Path, donor_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: Any, logits: Logits
+    delta: Path,
+    donor_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    converted: Any,
+    logits: Logits,
 ) -> None:
     expected = logits(converted, TOKENS)
     (tmp_path / "elsewhere").mkdir()
@@ -187,7 +192,7 @@ def test_a_truncated_delta_is_refused(delta: Path) -> None:
 @pytest.mark.parametrize("change", [{"gate": "fixed"}, {"feature_multiple": 1}, {"layers": [0]}])
 def test_mixers_of_another_configuration_are_refused(delta: Path, change: dict[str, Any]) -> None:
     edit(delta, lambda c: c["equipoise"]["hybrid"].update(change))
-    with pytest.raises(CheckpointError, match="config.json and hybrid.safetensors are not of one save"):
+    with pytest.raises(CheckpointError, match=r"config.json and hybrid.safetensors are not of one save"):
         load(delta)
 
 

@@ -1,4 +1,4 @@
-"""The design's acceptance test: a new feature map or mixing rule is one registered entry, and all else follows."""
+"""The design's acceptance test: a new feature map or mixing rule is one registered entry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from equipoise.layers.interface import mixers_of
 from equipoise.ops import MIXING_RULES
 from equipoise.ops.mix import Branch, divide
 from equipoise.registry import UnknownNameError
+from support import random_tokens, tiny_model
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(2, 20)

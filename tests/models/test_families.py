@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import FAMILIES, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
 from equipoise import HybridConfig, branches, hybridize, record_donor, revert
 from equipoise.layers.interface import mixers_of
 from equipoise.models.families import SUPPORTED
+from support import FAMILIES, random_tokens, tiny_model
 
 CONFIG = HybridConfig(window=5, gate="per_head", gate_value=0.3)
 DISJOINT = HybridConfig(window=5, mixing="shared", overlap=False, sinks=2, layout="terraced", layers="all")
@@ -64,7 +64,10 @@ def test_padded_batches_equal_single_rows(family: str, config: HybridConfig) -> 
     torch.testing.assert_close(step[0, 9:], alone, rtol=0, atol=1e-10)
     right = mask.flip(1)
     torch.testing.assert_close(
-        logits(model, tokens, attention_mask=right)[0, :17], logits(model, tokens[:1, :17])[0], rtol=0, atol=1e-10
+        logits(model, tokens, attention_mask=right)[0, :17],
+        logits(model, tokens[:1, :17])[0],
+        rtol=0,
+        atol=1e-10,
     )
 
 

@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_tokens, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from equipoise import HybridConfig, branches, hybridize
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import LayerInputs
+from support import random_tokens, tiny_model
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(1, 40)
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
-@pytest.fixture(params=itertools.product(("sliding", "terraced"), ("convex", "shared"), (True, False)), ids=str)
+@pytest.fixture(
+    params=itertools.product(("sliding", "terraced"), ("convex", "shared"), (True, False)), ids=str
+)
 def model(request: pytest.FixtureRequest) -> Any:
     """The layouts and mixing rules, LoLCATs' own (terraced, shared, disjoint) among them."""
     layout, mixing, overlap = request.param

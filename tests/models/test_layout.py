@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support import tiny_model
 
 from equipoise import HybridConfig, hybridize, reach, state_bytes
 from equipoise.models.layout import equal_window
+from support import tiny_model
 
 
 def made(model_type: str = "llama", *, donor: dict[str, Any] | None = None, **settings: Any) -> Any:

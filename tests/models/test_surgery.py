@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_tokens, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -17,6 +16,7 @@ from equipoise.layers.interface import mixers_of
 from equipoise.models.families import check_family
 from equipoise.models.layout import report_layers
 from equipoise.registry import UnknownNameError
+from support import random_tokens, tiny_model
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(2, 20)
@@ -45,7 +45,9 @@ def test_local_layers_stay_unless_all_are_asked_for() -> None:
 
 def test_a_model_of_local_layers_only_says_how_to_convert_it() -> None:
     model = tiny_model("mistral", sliding_window=6)
-    with pytest.raises(ConversionError, match=r"all 2 layers of this mistral are local.*window 6.*layers='all'"):
+    with pytest.raises(
+        ConversionError, match=r"all 2 layers of this mistral are local.*window 6.*layers='all'"
+    ):
         hybridize(model, HybridConfig(window=5))
     hybridize(model, HybridConfig(window=5, layers="all"))
     assert report_layers(model).converted == (0, 1)
@@ -65,7 +67,7 @@ def test_a_window_over_the_whole_context_is_refused() -> None:
 
 
 def test_attention_dropout_is_refused() -> None:
-    with pytest.raises(ConversionError, match="attention dropout 0, got 0.1"):
+    with pytest.raises(ConversionError, match=r"attention dropout 0, got 0.1"):
         hybridize(tiny_model(attention_dropout=0.1), HybridConfig(window=5))
 
 
@@ -86,7 +88,9 @@ def test_reverting_a_donor_is_refused() -> None:
 def test_only_causal_language_models_convert(kind: Any) -> None:
     model = kind.from_config(tiny_model().config)
     before = type(model)
-    with pytest.raises(ConversionError, match="expected a causal language model .LlamaForCausalLM., got a Llama"):
+    with pytest.raises(
+        ConversionError, match=r"expected a causal language model .LlamaForCausalLM., got a Llama"
+    ):
         hybridize(model, HybridConfig(window=5))
     assert type(model) is before
 
@@ -154,7 +158,9 @@ def test_a_failed_self_test_gives_the_donor_back(monkeypatch: pytest.MonkeyPatch
     right = interface.donor_attention
     monkeypatch.setattr(interface, "donor_attention", lambda inputs: right(inputs) * 1.1)
     model = tiny_model()
-    with pytest.raises(ConversionError, match=r"parity self-test failed for EquipoiseLlama.*differs from the donor"):
+    with pytest.raises(
+        ConversionError, match=r"parity self-test failed for EquipoiseLlama.*differs from the donor"
+    ):
         hybridize(model, HybridConfig(window=5))
     assert_untouched(model, tiny_model(), logits)
 
@@ -178,7 +184,9 @@ def test_a_shared_configuration_is_not_touched() -> None:
     assert type(config).__name__ == "LlamaConfig"
     assert config._attn_implementation == "sdpa"
     assert one.config is not config
-    assert all(m.config is one.config for m in one.modules() if hasattr(m, "config") and not hasattr(m, "phi_q"))
+    assert all(
+        m.config is one.config for m in one.modules() if hasattr(m, "config") and not hasattr(m, "phi_q")
+    )
 
 
 def test_donors_with_eager_attention_get_it_back() -> None:
@@ -208,7 +216,9 @@ def test_a_deep_copy_is_a_model_of_its_own(logits: Logits) -> None:
 
 
 def test_seeds_differ() -> None:
-    weights = [mixers_of(hybridize(tiny_model(), HybridConfig(window=5), seed=s))[0].phi_q.weight for s in (0, 0, 1)]
+    weights = [
+        mixers_of(hybridize(tiny_model(), HybridConfig(window=5), seed=s))[0].phi_q.weight for s in (0, 0, 1)
+    ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -225,7 +235,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         model = hybridize(tiny_model(), HybridConfig(window=5, gate="per_head"))
         model.train()
         if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )
             enable()
         model(TOKENS, labels=TOKENS).loss.backward()
         grads.append([p.grad for m in mixers_of(model) for p in m.parameters()])

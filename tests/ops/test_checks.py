@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from support import PositiveMap, attention_inputs
 
 from equipoise.ops import MIXING_RULES, Branches, hybrid_attention
 from equipoise.ops.checks import check_arguments
 from equipoise.ops.types import Call
 from equipoise.registry import UnknownNameError
+from support import PositiveMap, attention_inputs
 
 Q, K, V = attention_inputs(10)
 PHI_Q, PHI_K = PositiveMap(4).requires_grad_(False), PositiveMap(4, seed=1).requires_grad_(False)
 CALL = Call(
-    q=Q, k=K, v=V, phi_q=PHI_Q, phi_k=PHI_K, window=4, layout="sliding", mixing="convex", gate=0.5, lagging=False,
-    scale=1.0, softcap=None, key_mask=None, segment_ids=None, branches=Branches(), sinks=0, state=None, chunk_size=64,
+    q=Q, k=K, v=V, phi_q=PHI_Q, phi_k=PHI_K, window=4, layout="sliding", mixing="convex", gate=0.5,
+    lagging=False, scale=1.0, softcap=None, key_mask=None, segment_ids=None, branches=Branches(), sinks=0,
+    state=None, chunk_size=64,
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
         ({}, {"sinks": 2}, "with 2 sinks, got one of 0"),
         ({}, {"segment_ids": torch.zeros(2, 10, dtype=torch.long)}, "in every part of a split sequence"),
         ({}, {"phi_q": None, "phi_k": None}, "with the same branches"),
-        ({"overlap": False}, {"lagging": True, "phi_q": PHI_Q(Q), "phi_k": PHI_K(K)}, "with phi_k as a tensor"),
+        ({"overlap": False}, {"lagging": True, "phi_q": PHI_Q(Q), "phi_k": PHI_K(K)}, "phi_k as a tensor"),
         ({"overlap": False, "tensors": True}, {}, "same overlap, got one of a disjoint call"),
         ({}, {"q": Q[:1], "k": K[:1], "v": V[:1]}, "batch size 1, got 2"),
         ({}, {"k": K[:, :1], "v": V[:, :1]}, "heads and size of k, 1 and 6, got 2 and 6"),
@@ -100,7 +101,9 @@ def test_unknown_mixing_rule_names_the_nearest() -> None:
 
 @pytest.mark.parametrize("flag", [torch.ones(2), torch.ones(1, 1, 1, dtype=torch.bool)])
 def test_branch_flags_are_bools_by_row_or_head(flag: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"Branches.linear: expected a bool or a bool tensor \[B\] or \[B, H\]"):
+    with pytest.raises(
+        ValueError, match=r"Branches.linear: expected a bool or a bool tensor \[B\] or \[B, H\]"
+    ):
         Branches(True, flag)
 
 
@@ -108,7 +111,8 @@ PLAIN = """
 import torch
 from equipoise.ops import Branches, window_attention
 x = torch.ones(1, 1, 4, 2)
-for call in (lambda: Branches(reading="strict"), lambda: window_attention(x, x, x, window=2, layout="rolling")):
+rolling = dict(window=2, layout="rolling")
+for call in (lambda: Branches(reading="strict"), lambda: window_attention(x, x, x, **rolling)):
     try:
         call()
     except ValueError as error:
@@ -118,7 +122,9 @@ for call in (lambda: Branches(reading="strict"), lambda: window_attention(x, x, 
 
 def test_wrong_words_are_refused_where_annotations_are_not_checked() -> None:
     # under pytest the annotations refuse them first
-    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.splitlines() == [
         "expected reading 'literal' or 'renormalised', got 'strict'.",
         "expected layout 'sliding' or 'terraced', got 'rolling'.",

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
 
 from equipoise.ops import Branches, hybrid_attention
 from equipoise.ops.reference import hybrid_attention_reference
+from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -26,7 +26,9 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
     ids=["plain", "terraced-sinks-padded-packed", "dropped-window"],
 )
 @pytest.mark.parametrize("form", ["tensors", "callables"])
-def test_gradients_equal_the_definitions(mixing: str, overlap: bool, extra: dict[str, Any], form: str) -> None:
+def test_gradients_equal_the_definitions(
+    mixing: str, overlap: bool, extra: dict[str, Any], form: str
+) -> None:
     length, extra = 71, dict(extra)
     inputs = [t.requires_grad_() for t in attention_inputs(length)]
     maps = PositiveMap(4), PositiveMap(2, seed=1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import F64, PositiveMap, attention_inputs, normal, padding_mask, segments_of
 from torch import Tensor
 
 from equipoise.ops import Branches, hybrid_attention, linear_attention, window_attention
 from equipoise.ops.reference import hybrid_attention_reference
+from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -71,7 +71,9 @@ SETTINGS = list(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("half", [pytest.param(0, id="half"), pytest.param(1, id="rest", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "half", [pytest.param(0, id="half"), pytest.param(1, id="rest", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("mixing", "layout", "overlap", "sinks", "padding", "packed"), SETTINGS)
 def test_equals_the_definition_whole_and_split(
     mixing: str, layout: str, overlap: bool, sinks: int, padding: str, packed: bool, half: int
@@ -79,7 +81,9 @@ def test_equals_the_definition_whole_and_split(
     case = (mixing, layout, overlap, sinks, padding, packed)
     rng = random.Random(repr((case, half)))
     for number, branches in enumerate(branch_states(2, 4)):
-        maps = (2, 4)[(number + SETTINGS.index(case) + half) % 2]  # the slow half takes the other one each time
+        maps = (2, 4)[
+            (number + SETTINGS.index(case) + half) % 2
+        ]  # the slow half takes the other one each time
         length, window = rng.choice((1, 9, 23, 40)), rng.choice((1, 2, 5, 16, 64))
         q, k, v = attention_inputs(length, seed=number)
         phi_q, phi_k = PositiveMap(4).requires_grad_(False), PositiveMap(maps, seed=1).requires_grad_(False)
@@ -93,10 +97,14 @@ def test_equals_the_definition_whole_and_split(
         }  # fmt: skip
         expected = hybrid_attention_reference(q, k, v, *tensors, **options)
         chunk = rng.choice((3, 16, 64))
-        whole, _ = hybrid_attention(q, k, v, *(tensors, callables)[rng.randrange(2)], chunk_size=chunk, **options)
+        whole, _ = hybrid_attention(
+            q, k, v, *(tensors, callables)[rng.randrange(2)], chunk_size=chunk, **options
+        )
         torch.testing.assert_close(whole, expected, **EXACT)
         parts = random_parts(length, rng)
-        split, _ = run_split(parts, q, k, v, *(callables, tensors)[rng.randrange(2)], chunk_size=chunk, **options)
+        split, _ = run_split(
+            parts, q, k, v, *(callables, tensors)[rng.randrange(2)], chunk_size=chunk, **options
+        )
         torch.testing.assert_close(split, expected, **EXACT)
 
 
@@ -287,8 +295,8 @@ def test_settings_change_the_result() -> None:
     outs = [
         hybrid_attention(q, k, v, *maps, **{"window": 6, **changed})[0]
         for changed in (
-            {}, {"window": 7}, {"layout": "terraced"}, {"mixing": "shared"}, {"gate": 0.4}, {"overlap": False},
-            {"scale": 0.1}, {"softcap": 1.0}, {"sinks": 2}, {"branches": Branches(True, False)},
+            {}, {"window": 7}, {"layout": "terraced"}, {"mixing": "shared"}, {"gate": 0.4},
+            {"overlap": False}, {"scale": 0.1}, {"softcap": 1.0}, {"sinks": 2}, {"branches": Branches(True, False)},
             {"segment_ids": segments_of(60)}, {"key_mask": padding_mask("holes", 60)},
         )
     ]  # fmt: skip

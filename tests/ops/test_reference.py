@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import PositiveMap, attention_inputs, normal
 
 from equipoise.ops.reference import (
     hybrid_attention_reference,
@@ -12,6 +11,7 @@ from equipoise.ops.reference import (
     visible_keys,
     window_attention_recurrent,
 )
+from support import PositiveMap, attention_inputs, normal
 
 
 def test_linear_quadratic_equals_recurrent_and_resumes() -> None:
@@ -66,7 +66,10 @@ def test_terraces_sinks_padding_and_segments_drawn() -> None:
     causal, near = visible_keys(
         8, window=2, layout="terraced", sinks=1, valid=[False] + [True] * 7, segments=[0] * 6 + [1] * 2
     )
-    drawn = ["".join(".-#"[int(c) + int(n)] for c, n in zip(*rows, strict=True)) for rows in zip(causal, near, strict=True)]
+    drawn = [
+        "".join(".-#"[int(c) + int(n)] for c, n in zip(*rows, strict=True))
+        for rows in zip(causal, near, strict=True)
+    ]
     assert drawn == [
         "........",
         ".#......",

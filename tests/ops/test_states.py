@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import F64, PositiveMap, attention_inputs, padding_mask, segments_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equipoise.ops import AttentionState, hybrid_attention
 from equipoise.ops.reference import linear_attention_recurrent
+from support import F64, PositiveMap, attention_inputs, padding_mask, segments_of
 
 
 def frozen_maps(maps: int = 4) -> tuple[PositiveMap, PositiveMap]:
@@ -67,7 +67,12 @@ def test_a_state_holds_only_its_last_segment() -> None:
 def test_tensors_and_callables_leave_the_same_state() -> None:
     q, k, v = attention_inputs(90)
     phi_q, phi_k = frozen_maps(2)
-    options: dict[str, Any] = {"window": 6, "overlap": False, "sinks": 2, "key_mask": padding_mask("holes", 90)}
+    options: dict[str, Any] = {
+        "window": 6,
+        "overlap": False,
+        "sinks": 2,
+        "key_mask": padding_mask("holes", 90),
+    }
     one = final_state(q, k, v, phi_q, phi_k, **options)
     other = final_state(q, k, v, phi_q(q), phi_k(k), **options)
     for name in ("linear_state", "linear_normalizer", "folded", "keys", "sink_keys", "sink_valid"):
@@ -84,7 +89,13 @@ def test_size_does_not_depend_on_the_length(overlap: bool, layout: str) -> None:
         q, k, v = attention_inputs(length)
         options: dict[str, Any] = {"window": 8, "layout": layout, "overlap": overlap, "sinks": 2}
         state = final_state(
-            q, k, v, *frozen_maps(), **options, key_mask=padding_mask("left", length), segment_ids=segments_of(length)
+            q,
+            k,
+            v,
+            *frozen_maps(),
+            **options,
+            key_mask=padding_mask("left", length),
+            segment_ids=segments_of(length),
         )
         # storages, not shapes: a view of the prompt would keep all of it alive
         held = sum(t.untyped_storage().nbytes() for t in state.tensors())
@@ -111,7 +122,9 @@ def test_precision(dtype: torch.dtype, mixing: str, overlap: bool) -> None:
     torch.testing.assert_close(out.to(F64), exact, rtol=0, atol=tolerance)
     # S and z are float32 sums of 1,000 positive or mixed terms in either case.
     scale = exact_state.linear_normalizer.amax()
-    torch.testing.assert_close(state.linear_normalizer.to(F64), exact_state.linear_normalizer, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        state.linear_normalizer.to(F64), exact_state.linear_normalizer, rtol=1e-5, atol=0
+    )
     torch.testing.assert_close(
         state.linear_state.to(F64) / scale, exact_state.linear_state / scale, rtol=0, atol=1e-5
     )

@@ -322,8 +322,8 @@ _CONCLUSIONS: dict[Use, str] = {
     "inconclusive": "No state recovers anything, so there is no work to share out.",
     "redundant": "Either branch alone does nearly everything that both do.",
     "collapsed": (
-        "The window does the work: alone it is as good as both, and the linear branch alone is no better than "
-        "nothing, or than its untrained maps."
+        "The window does the work: alone it is as good as both, and the linear branch alone is no better "
+        "than nothing, or than its untrained maps."
     ),
     "balanced": "Each branch stands alone, and removing either costs the hybrid something.",
 }

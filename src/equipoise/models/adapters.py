@@ -1,15 +1,18 @@
-"""LoRA adapters inside a model: injected, switched, saved, merged. All of it is peft's work."""
+"""LoRA adapters inside a model: injected, switched, saved, merged. All of it is peft's work.
+
+peft is imported where it is used: its own import loads transformers' Auto classes, which registers
+equipoise's, which needs this module, while peft is not there yet.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,8 +24,12 @@ FOLDER = "lora"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """The modules that carry an adapter."""
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The modules that carry an adapter (peft's BaseTunerLayer)."""
+    if "peft" not in sys.modules:  # then nobody can have made one
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
@@ -32,12 +39,16 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Iterable[str
     Raises:
         ValueError: no module of the model has one of the names (peft's message lists them).
     """
+    from peft import LoraConfig
+
     scaling: Any = alpha  # peft's annotation allows whole numbers only
     config = LoraConfig(r=rank, lora_alpha=scaling, target_modules=sorted(targets))
     _inject(config, model)
 
 
-def _inject(config: LoraConfig, model: nn.Module) -> None:
+def _inject(config: Any, model: nn.Module) -> None:
+    from peft import inject_adapter_in_model
+
     inject_adapter_in_model(config, model, ADAPTER)
     for layer in adapter_layers(model):
         for name, parameter in layer.named_parameters():  # pyright: ignore
@@ -74,6 +85,8 @@ def adapters_disabled(model: nn.Module) -> Generator[None]:
 def save_lora(model: nn.Module, directory: Path) -> None:
     """Write the adapters as peft does (adapter_config.json and safetensors)."""
     directory.mkdir(parents=True, exist_ok=True)
+    from peft import get_peft_model_state_dict
+
     weights = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
     _config_of(model).save_pretrained(str(directory))
@@ -87,6 +100,8 @@ def load_lora(model: nn.Module, directory: Path) -> None:
         ValueError: the file's weights are not those of these adapters.
     """
     weights = load_tensors(directory / WEIGHTS)
+    from peft import LoraConfig, set_peft_model_state_dict
+
     config: Any = LoraConfig.from_pretrained(str(directory))
     _inject(config, model)
     result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
@@ -103,13 +118,13 @@ def load_lora(model: nn.Module, directory: Path) -> None:
 
 def unload_lora(model: nn.Module, *, merge: bool) -> None:
     """Take the adapters out, folding them into the weights first if asked."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, BaseTunerLayer):
-            continue
+    carriers = {id(layer) for layer in adapter_layers(model)}
+    for name, module in [(n, m) for n, m in model.named_modules() if id(m) in carriers]:
+        layer: Any = module
         if merge:
-            module.merge(safe_merge=True)
+            layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
 

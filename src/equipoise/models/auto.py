@@ -187,7 +187,7 @@ def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
     )
     for made in (config_class, model_class):
         setattr(module, made.__name__, made)
-        # `transformers serve` looks classes up there by name; the module object may change while it is imported
+        # `transformers serve` looks classes up by name there; importing may replace the module object
         setattr(sys.modules["transformers"], made.__name__, made)
     AutoConfig.register(PREFIX + donor_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
