@@ -94,8 +94,8 @@ def train_donor(
             vocab_size=settings.vocabulary, hidden_size=settings.hidden_size,
             intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=special.eos_token_id,
-            pad_token_id=special.pad_token_id,
+            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=special.eos_token_id, pad_token_id=special.pad_token_id,
         )
     )  # fmt: skip
     rows = pack_documents(
