@@ -62,7 +62,7 @@ USED_BUT_DEAD = evidence(both=0.85, s0=0.60, s1=0.62, l0=0.0, l1=0.01)
         # arXiv 2510.05901, LoLCATs' own Llama-3.1-8B and the paper's Mistral-7B, above no attention.
         (evidence(both=0.951, s0=0.960, s1=0.960, l0=0.001, l1=0.001), "collapsed"),
         (evidence(both=0.918, s0=0.920, s1=0.920, l0=0.011, l1=0.011), "collapsed"),
-        # a linear branch that does no better than its untrained maps has learned nothing, whatever those recover
+        # no better than its untrained maps: nothing was learned, whatever those recover
         (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.24, untrained=0.25), "collapsed"),
         (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.40, untrained=0.25), "imbalanced"),
         (REPAIRED, "balanced"),

@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from equipoise.data import packing as data, token_cache
+from equipoise.data import packing as data
+from equipoise.data import token_cache
 from equipoise.data.packing import (
     IGNORED_LABEL,
     PackedDataset,

@@ -296,7 +296,8 @@ def test_settings_change_the_result() -> None:
         hybrid_attention(q, k, v, *maps, **{"window": 6, **changed})[0]
         for changed in (
             {}, {"window": 7}, {"layout": "terraced"}, {"mixing": "shared"}, {"gate": 0.4},
-            {"overlap": False}, {"scale": 0.1}, {"softcap": 1.0}, {"sinks": 2}, {"branches": Branches(True, False)},
+            {"overlap": False}, {"scale": 0.1}, {"softcap": 1.0}, {"sinks": 2},
+            {"branches": Branches(True, False)},
             {"segment_ids": segments_of(60)}, {"key_mask": padding_mask("holes", 60)},
         )
     ]  # fmt: skip
