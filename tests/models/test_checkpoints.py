@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -90,8 +91,10 @@ def test_loading_options(converted: Any, tmp_path: Path, delta: bool, logits: Lo
     config = AutoConfig.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved", config=config), TOKENS), expected)
     assert torch.equal(logits(type(converted).from_pretrained(tmp_path / "saved"), TOKENS), expected)
-    assert type(revert(model)).__name__ == "LlamaForCausalLM"
-    assert model.config._attn_implementation == "sdpa"
+    used = load(tmp_path / "saved", config=copy.deepcopy(converted.config))  # of a model in use
+    for loaded in (model, used):
+        assert type(revert(loaded)).__name__ == "LlamaForCausalLM"
+        assert loaded.config._attn_implementation == "sdpa"
 
 
 def test_state_dicts_handed_in_are_saved(converted: Any, tmp_path: Path, logits: Logits) -> None:

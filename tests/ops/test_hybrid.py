@@ -297,8 +297,8 @@ def test_settings_change_the_result() -> None:
         for changed in (
             {}, {"window": 7}, {"layout": "terraced"}, {"mixing": "shared"}, {"gate": 0.4},
             {"overlap": False}, {"scale": 0.1}, {"softcap": 1.0}, {"sinks": 2},
-            {"branches": Branches(True, False)},
-            {"segment_ids": segments_of(60)}, {"key_mask": padding_mask("holes", 60)},
+            {"branches": Branches(True, False)}, {"segment_ids": segments_of(60)},
+            {"key_mask": padding_mask("holes", 60)},
         )
     ]  # fmt: skip
     for one, other in itertools.combinations(outs, 2):
