@@ -20,7 +20,7 @@ from equipoise.models.branches import branches
 from equipoise.models.load import load_model
 from equipoise.models.storage import CheckpointError
 from equipoise.train import convert as module
-from equipoise.train.convert import OutputError, RunRecord, convert
+from equipoise.train.convert import OutputError, RunRecord, convert, prepare_data
 from equipoise.train.progress import ProgressReport
 from equipoise.train.recipes import load_recipe, recipe_names
 from equipoise.train.trainer import TrainingDiverged
@@ -146,6 +146,14 @@ def test_a_seed_fixes_the_result(donor: str, small: Any, tmp_path: Path) -> None
     a, b, c = (logits(load_model(str(tmp_path / name))) for name in "abc")
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_seeds_are_held_against_the_same_rows(donor: str, small: Any) -> None:
+    """Or the losses of two seeds could not be compared."""
+    model, data = load_model(donor), small("ssd").data
+    one, two = (prepare_data(data, model, tiny_tokenizer(), seed=seed) for seed in (1, 2))
+    assert all(torch.equal(one.held_out[i]["input_ids"], two.held_out[i]["input_ids"]) for i in range(8))
+    assert not all(torch.equal(one.rows[i]["input_ids"], two.rows[i]["input_ids"]) for i in range(8))
 
 
 def test_context_is_cut_to_the_donors(donor: str, small: Any, text: str, tmp_path: Path) -> None:

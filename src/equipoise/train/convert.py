@@ -141,18 +141,21 @@ def prepare_data(
     check_tokenizer(tokenizer, text.vocab_size)
     length = min(data.context_length, text.max_position_embeddings or data.context_length)
 
-    def packed(split: str, max_tokens: int | None) -> PackedDataset:
+    def packed(split: str, max_tokens: int | None, order: int) -> PackedDataset:
         documents = load_documents(data.source, split=split, text_column=data.text_column, subset=data.subset)
         return pack_documents(
             documents,
             tokenizer,
             context_length=length,
-            seed=seed,
+            seed=order,
             max_tokens=max_tokens,
             vocab_size=text.vocab_size,
         )
 
-    return TrainingData(packed("train", data.max_tokens), packed("validation", HELD_OUT_ROWS * length))
+    # the same held-out rows whatever the seed, or losses of two seeds could not be compared
+    return TrainingData(
+        packed("train", data.max_tokens, seed), packed("validation", HELD_OUT_ROWS * length, 0)
+    )
 
 
 @torch.no_grad()
