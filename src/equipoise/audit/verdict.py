@@ -386,8 +386,14 @@ def _facts(evidence: Evidence) -> str:
     )
     return (
         f"Between no attention (0%) and the donor (100%), both branches recover {both}, the window alone "
-        f"{window}, the linear branch alone {linear}."
+        f"{window}, the linear branch alone {linear}{_beside_untrained(evidence)}."
     )
+
+
+def _beside_untrained(evidence: Evidence) -> str:
+    """What untrained maps recover, where that is known and more than nothing."""
+    untrained = evidence.linear_alone.value - evidence.linear_live.value
+    return f" (with untrained maps {untrained:.1%})" if untrained > 0 else ""
 
 
 def _percent(part: Estimate) -> str:
