@@ -71,7 +71,10 @@ def run_demo(
     (output / MARK).write_text(json.dumps({"equipoise_version": __version__}), encoding="utf-8")
     donor = output / "donor"
     shutil.copytree(cached_donor(settings, console), donor)
-    console.print("\nOverrides for small scale, the same for every recipe:")
+    console.print(
+        "\nOverrides for small scale, the same for every recipe "
+        f"(one without stage 2 takes all {budget} steps in stage 1):"
+    )
     console.print_json(json.dumps(_overrides(budget, None)), indent=None)
     windows = _held_out(donor)
     runs: list[RunAudit] = []
