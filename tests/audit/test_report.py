@@ -29,7 +29,6 @@ from equipoise.audit.report import (
     to_dict,
     to_json,
     validate_audit,
-    write_atomically,
     write_audit,
 )
 
@@ -314,20 +313,19 @@ def _umask() -> int:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+def test_a_failed_write_leaves_the_old_report(
+    report: AuditReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    target = tmp_path / "audit.json"
-    write_atomically(target, "old")
+    write_audit(report, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, "new")
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
+        write_audit(report, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_report_that_cannot_be_rendered_writes_nothing(report: AuditReport, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from equipoise.audit.attribution import (
 from equipoise.audit.render import console_table, render_html, render_markdown
 from equipoise.audit.schema import SCHEMA_VERSION, Json, audit_schema, validate_audit
 from equipoise.audit.verdict import Thresholds, Verdict, gather, judge
+from equipoise.models.storage import write_atomically
 
 __all__ = [
     "CONTROL",
@@ -55,7 +56,6 @@ __all__ = [
     "to_dict",
     "to_json",
     "validate_audit",
-    "write_atomically",
     "write_audit",
 ]
 
@@ -293,27 +293,12 @@ def write_audit(report: AuditReport, directory: str | os.PathLike[str]) -> dict[
     folder.mkdir(parents=True, exist_ok=True)
     paths = {suffix: folder / f"audit.{suffix}" for suffix in texts}
     for suffix, text in texts.items():
-        write_atomically(paths[suffix], text)
+        write_atomically(paths[suffix], partial(_write_text, text=text))
     return paths
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) at once: readers see the old file or the new one, never a part.
-
-    The temporary file lies in the same directory, since only a rename within one file system is atomic. It is
-    created with the process's umask (tempfile's 0600 would make reports unreadable to others) and removed on
-    any failure.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write_text(path: Path, *, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _measure_control(draws: Draws, setting: ControlSetting) -> Control:

@@ -85,8 +85,7 @@ class Evidence:
         linear_removed: both - window (literal): what the hybrid loses without its linear term.
         window_removed: both - linear (literal).
         linear_live: what the linear branch alone recovers beyond no attention, or beyond the same branch with
-            untrained maps where those were scored and recover anything: an average over all keys, which
-            identity maps come close to, is better than no attention and yet nothing that was learned.
+            untrained maps where those were scored and recover anything (docs/adr/0006).
         control_adds: the hybrid minus the untrained window with sinks at equal state bytes, on the same text,
             if it was measured. It flavours the advice; benefit is decided beyond both reaches only.
     """
