@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from equipoise.audit.report import validate_audit
+from equipoise.audit.report import AuditReport, validate_audit
 from equipoise.demo import RECIPES, demo_recipe, run_demo
 from equipoise.demo_donor import DonorSettings
 from equipoise.train.convert import OutputError
@@ -36,6 +36,39 @@ def test_somebody_elses_files_are_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "three years"
 
 
+def test_an_earlier_demo_is_replaced_but_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise RuntimeError("started")
+
+    monkeypatch.setattr("equipoise.demo.cached_donor", start)
+    folders = ("donor", "ssd/training/transfer", "lolcats-0", "zero-shot-12")
+    files = ("demo.json", "audit.json", "audit.md", "audit.html", "donor/config.json", "lolcats-0/run.json")
+
+    def earlier() -> None:
+        for name in folders:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (tmp_path / name).touch()
+
+    for mine in ("notes.txt", "ssd-final/notes.txt", "audit.md.orig"):
+        earlier()
+        (tmp_path / mine).parent.mkdir(exist_ok=True)
+        (tmp_path / mine).write_text("mine")
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OutputError, match="not empty"):
+            run_demo(tmp_path, console=Console(quiet=True))
+        assert sorted(tmp_path.rglob("*")) == before
+        (tmp_path / mine).unlink()
+        if (tmp_path / mine).parent != tmp_path:
+            (tmp_path / mine).parent.rmdir()
+    earlier()
+    with pytest.raises(RuntimeError, match="started"):
+        run_demo(tmp_path, console=Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
+
+
 @pytest.mark.slow
 def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
@@ -51,10 +84,16 @@ def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: p
     assert "<svg" in (place / "audit.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> AuditReport:
+    """`make demo` itself."""
+    return run_demo(tmp_path_factory.mktemp("full") / "demo", console=Console(quiet=True))
+
+
 @pytest.mark.slow
-def test_the_published_pattern_shows(tmp_path: Path) -> None:
-    """`make demo` itself: LoLCATs collapses, the remedies do not (arXiv 2510.05901, tables 1 to 4)."""
-    report = run_demo(tmp_path / "demo", console=Console(quiet=True))
+@pytest.mark.xdist_group("demo")
+def test_the_published_pattern_shows(report: AuditReport) -> None:
+    """LoLCATs collapses, the remedies do not (arXiv 2510.05901); its linear term is read literally."""
     runs = {run.recipe: run for run in report.runs}
     lolcats = runs["lolcats"]
     assert lolcats.verdict.use == "collapsed"
@@ -65,3 +104,12 @@ def test_the_published_pattern_shows(tmp_path: Path) -> None:
         assert runs[recipe].verdict.use != "collapsed"
         assert low > 0.33
     assert runs["swa-sinks"].verdict.use == "window_only"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+@pytest.mark.xfail(reason="untrained maps beat no attention already: LOG.md, docs/adr/0006", strict=True)
+def test_a_collapsed_linear_branch_alone_is_no_better_than_no_attention(report: AuditReport) -> None:
+    """The same read renormalised, which we expected and did not find."""
+    lolcats = next(run for run in report.runs if run.recipe == "lolcats")
+    assert lolcats.states["none"].value - lolcats.states["linear_renormalised"].value < 0.1

@@ -100,8 +100,8 @@ class HybridConfig(Settings):
     """sliding: keys i-w+1..i; terraced: the own block of w tokens and the one before."""
     mixing: str = "convex"
     """Mixing rule: convex (g SWA + (1-g) LA) or shared (LoLCATs' single denominator)."""
-    gate: Literal["fixed", "per_head"] = "fixed"
-    """Whether the window's weight is a constant or learned, one per query head."""
+    gate: Literal["fixed", "per_head", "per_token"] = "fixed"
+    """The window's weight: a constant, learned per query head, or computed per head and token from q."""
     gate_value: float = Field(default=0.5, gt=0, lt=1)
     """The window's weight g (for shared: gamma), or where it starts when learned."""
     overlap: bool = True

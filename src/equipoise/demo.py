@@ -39,9 +39,10 @@ OVERRIDES: dict[str, Any] = {
     "data": {"source": "stdlib", "context_length": CONTEXT},
     "hybrid": {"window": 64},
     "transfer": {"learning_rate": 3e-2, "batch_size": 8},
-    "finetune": {"learning_rate": 5e-4, "batch_size": 8},
+    "finetune": {"learning_rate": 5e-4, "batch_size": 8, "early_stopping": {"every": 10}},
 }
-"""What small scale asks for, the same for every recipe: no recipe is tuned on its own."""
+"""What small scale asks for, the same for every recipe: no recipe is tuned on its own. Early stopping stays
+with the recipes that have it."""
 
 
 def run_demo(
@@ -62,7 +63,7 @@ def run_demo(
         budget: optimiser steps per trained recipe.
 
     Raises:
-        OutputError: the directory holds something that is not a demo, or cannot be written.
+        OutputError: the directory holds something that is not a demo's, or cannot be written.
     """
     console, settings = console or Console(), settings or DonorSettings()
     started = time.monotonic()
@@ -108,9 +109,26 @@ MARK = "demo.json"
 
 
 def _clear_earlier(output: Path) -> None:
-    """An earlier demo may be replaced; anything else may not (`prepare_output` refuses it)."""
-    if (output / MARK).is_file():
-        shutil.rmtree(output)
+    """Remove an earlier demo, unless there is anything else beside it: then `prepare_output` refuses both."""
+    if not (output / MARK).is_file():
+        return
+    found = list(output.iterdir())
+    if not all(_is_ours(path) for path in found):
+        return
+    for path in sorted(found, key=lambda path: path.name == MARK):  # the mark last: a killed clearing goes on
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the demo writes a file or folder of this name: donor, conversions (by seed, too), report."""
+    if path.name in (MARK, *(f"audit.{suffix}" for suffix in ("json", "md", "html"))):
+        return path.is_file()
+    recipe, _, seed = path.name.rpartition("-")
+    is_conversion = path.name in RECIPES or (recipe in RECIPES and seed.isdecimal())
+    return path.is_dir() and (is_conversion or path.name == "donor")
 
 
 def demo_recipe(name: str, budget: int = BUDGET) -> RunConfig:
@@ -129,6 +147,8 @@ def _overrides(budget: int, recipe: RunConfig | None) -> dict[str, Any]:
     changed = {name: dict(values) for name, values in OVERRIDES.items()}
     changed["transfer"]["max_steps"] = transfer
     changed["finetune"]["max_steps"] = budget - round(budget * TRANSFER_SHARE)
+    if recipe is not None and recipe.finetune is not None and recipe.finetune.early_stopping is None:
+        del changed["finetune"]["early_stopping"]
     if recipe is not None:
         changed = {
             n: v for n, v in changed.items() if n not in ("transfer", "finetune") or getattr(recipe, n)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FalconConfig
 
+from equipoise.layers import interface
 from equipoise.train import objectives, trainer
 from support import tiny_tokenizer
 
@@ -174,6 +175,13 @@ def test_refused_family(convert: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_failed_parity_is_failed_work(convert: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = interface.donor_attention
+    monkeypatch.setattr(interface, "donor_attention", lambda inputs: right(inputs) * 1.1)
+    check(convert("ssd"), 1, "parity self-test failed", "report the model type")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_are_no_donor(convert: Cli, cli: Cli, tmp_path: Path) -> None:
     assert convert("lora-only").exit_code == 0
     check(convert("ssd", source=tmp_path / "out", output=tmp_path / "second"), 1, "got adapters")
@@ -196,9 +204,9 @@ def test_loss_that_is_not_a_number(convert: Cli, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setitem(objectives.OBJECTIVES._entries, "weights", weights)
     done = convert(
-        "zero-shot", "--set", "transfer.max_steps=8", "--set", "transfer.save_every=1", "--set",
-        "transfer.batch_size=2",
+        "zero-shot", "--set", "transfer.max_steps=8", "--set", "transfer.batch_size=2",
     )  # fmt: skip
+    # long before the first regular checkpoint, which comes after 200 steps
     kept = tmp_path / "out" / "training" / "transfer" / "checkpoint-3"
     assert done.exit_code == 1
     for words in ("nan at step 4", "Lower transfer.learning_rate", "max_grad_norm", str(kept)):

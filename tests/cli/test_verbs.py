@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from equipoise import __version__
 from equipoise.audit.report import validate_audit
 from equipoise.cli import app
+from equipoise.commands.audit import AuditOptions, inspect, read_text
 from equipoise.models.branches import BRANCH_STATES
 from equipoise.train.recipes import load_recipe, recipe_names
 
@@ -189,6 +191,43 @@ def test_audit_scores_a_file_whole(cli: Cli, hybrids: dict[str, Path], tmp_path:
     assert done.exit_code == 0, done.stderr
     metric = json.loads((tmp_path / "audit" / "audit.json").read_text())["metric"]
     assert (metric["documents"], metric["data"]) == (6, str(data))
+
+
+@pytest.mark.parametrize("recorded", ["relative", "absolute"])
+@pytest.mark.parametrize(
+    "spelling", ["t.jsonl", "./t.jsonl", "sub/../t.jsonl", "absolute", "link.jsonl", None]
+)
+def test_training_data_is_never_scored_however_it_is_spelt(
+    hybrids: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: str,
+    spelling: str | None,
+) -> None:
+    model, data = Path(shutil.copytree(hybrids["ssd"], tmp_path / "model")), tmp_path / "t.jsonl"
+    shutil.copy(corpus, data)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(data)
+    note = json.loads((model / "run.json").read_text())
+    assert note["settings"]["data"]["source"] == str(corpus.resolve())
+    note["settings"]["data"]["source"] = "t.jsonl" if recorded == "relative" else str(data)
+    (model / "run.json").write_text(json.dumps(note))
+    monkeypatch.chdir(tmp_path)
+    subjects = [inspect(str(model))]
+    given = str(data) if spelling == "absolute" else spelling
+    windows, words = read_text(subjects, AuditOptions(given, None, 64, 200, 4, 8, 0, 20), 64)
+    assert words.endswith("t.jsonl (held out)") or words == "link.jsonl (held out)"
+    assert len({window.document for window in windows}) < 10  # of 40
+
+
+def test_run_json_says_where_local_data_lies(
+    convert: Cli, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    assert convert("zero-shot", data=Path(corpus.name)).exit_code == 0
+    note = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert note["settings"]["data"]["source"] == str(corpus.resolve())
 
 
 def test_audit_tells_runs_of_one_recipe_apart(

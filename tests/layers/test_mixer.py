@@ -73,16 +73,35 @@ def test_donor_attention_does_not_guess_the_segments_of_a_cache() -> None:
 
 
 def test_gates() -> None:
-    assert mixer(gate_value=0.3).gate() == 0.3
+    seen = inputs()
+    assert mixer(gate_value=0.3).gate(seen.q) == 0.3
     learned = mixer(gate="per_head", gate_value=0.3)
     torch.testing.assert_close(
-        learned.gate(), torch.full((4, 1), 0.3, dtype=torch.float64), rtol=0, atol=1e-6
+        learned.gate(seen.q), torch.full((4, 1), 0.3, dtype=torch.float64), rtol=0, atol=1e-6
     )
-    seen = inputs()
     fixed = mixer(gate_value=0.3)
     torch.testing.assert_close(learned.hybrid(seen)[0], fixed.hybrid(seen)[0], rtol=0, atol=1e-6)
     learned.hybrid(seen)[0].sum().backward()
     assert learned.gate_logit.grad.abs().min() > 0
+
+
+def test_a_gate_per_token_starts_per_head_and_follows_q() -> None:
+    seen, built = inputs(), mixer(gate="per_token", gate_value=0.3)
+    fixed = mixer(gate_value=0.3)
+    torch.testing.assert_close(built.hybrid(seen)[0], fixed.hybrid(seen)[0], rtol=0, atol=1e-6)
+    torch.nn.init.normal_(built.gate_weight)
+    expected = (torch.einsum("bhtd,hd->bht", seen.q, built.gate_weight) + built.gate_logit).sigmoid()
+    torch.testing.assert_close(built.gate(seen.q), expected, rtol=0, atol=1e-12)
+    whole, state = built.hybrid(seen)[0], None
+    assert (whole - fixed.hybrid(seen)[0]).abs().max() > 1e-3
+    whole.sum().backward()
+    assert built.gate_weight.grad.abs().sum() > 0
+    parts = []
+    for t in range(seen.q.shape[2]):  # decoding computes the same gates
+        one = LayerInputs(*(x[:, :, t : t + 1] for x in (seen.q, seen.k, seen.v)), seen.scale)
+        out, state = built.hybrid(one, state=state, keep_state=True)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-12)
 
 
 def test_modes() -> None:

@@ -126,6 +126,7 @@ def test_packed_rows_equal_each_part_alone(model: Any, logits: Logits) -> None:
         {"position_ids": positions.expand(2, -1)},
         {"position_ids": positions},  # one row for all
         {"position_ids": positions, "segment_ids": ids.expand(2, -1)},
+        {"position_ids": positions, "attention_mask": torch.ones_like(TOKENS)},  # hides nothing
     ):
         torch.testing.assert_close(logits(model, TOKENS, **extra), expected, rtol=0, atol=1e-12)
     packed = {"position_ids": positions}

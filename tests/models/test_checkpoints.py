@@ -219,3 +219,12 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_atomically(target, lambda p: p.write_text("new"))
     assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_generation_settings_come_back(converted: Any, tmp_path: Path, delta: bool) -> None:
+    converted.generation_config.max_new_tokens = 7
+    converted.generation_config.eos_token_id = 5
+    converted.save_pretrained(tmp_path / "saved", delta=delta)
+    loaded = load(tmp_path / "saved").generation_config
+    assert (loaded.max_new_tokens, loaded.eos_token_id) == (7, 5)

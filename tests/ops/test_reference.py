@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from equipoise.ops import hybrid_attention
 from equipoise.ops.reference import (
+    hybrid_attention_recurrent,
     hybrid_attention_reference,
     linear_attention_recurrent,
     visible_keys,
@@ -59,6 +61,39 @@ def test_shared_by_hand() -> None:
     weights |= {j: phi_q[0, 0, i] @ phi_k[0, 0, j] for j in far}
     expected = sum(w * v[0, 0, j] for j, w in weights.items()) / sum(weights.values())
     torch.testing.assert_close(out[0, 0, i], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 7, 33])
+@pytest.mark.parametrize("mixing", ["convex", "shared"])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_hybrid_recurrent_equals_quadratic_and_chunked(
+    length: int, mixing: str, overlap: bool, sinks: int, window: int
+) -> None:
+    q, k, v = attention_inputs(length, kv=4)
+    inputs = q, k, v, PositiveMap(4)(q), PositiveMap(4, seed=1)(k)
+    gate = normal(4, length, seed=9).sigmoid()
+    settings = {"window": window, "mixing": mixing, "overlap": overlap, "sinks": sinks}
+    with torch.no_grad():
+        recurrent = hybrid_attention_recurrent(*inputs, gate=gate, **settings)
+        quadratic = hybrid_attention_reference(*inputs, gate=gate, **settings)
+        whole, _ = hybrid_attention(*inputs, gate=gate, chunk_size=4, **settings)
+        state, steps = None, []
+        for t in range(length):
+            step, state = hybrid_attention(
+                *(x[:, :, t : t + 1] for x in inputs), gate=gate[:, t : t + 1], initial_state=state,
+                output_final_state=True, **settings,
+            )  # fmt: skip
+            steps.append(step)
+    torch.testing.assert_close(recurrent, quadratic, rtol=0, atol=1e-12)
+    torch.testing.assert_close(recurrent, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(recurrent, torch.cat(steps, 2), rtol=0, atol=1e-12)
+
+
+def test_hybrid_recurrent_runs_in_float64() -> None:
+    q, k, v = (t.float() for t in attention_inputs(7, kv=4))
+    assert hybrid_attention_recurrent(q, k, v, q.exp(), k.exp(), window=3).dtype == torch.float64
 
 
 def test_terraces_sinks_padding_and_segments_drawn() -> None:

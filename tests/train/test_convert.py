@@ -20,7 +20,7 @@ from equipoise.models.branches import branches
 from equipoise.models.load import load_model
 from equipoise.models.storage import CheckpointError
 from equipoise.train import convert as module
-from equipoise.train.convert import OutputError, RunRecord, convert, prepare_data
+from equipoise.train.convert import OutputError, RunRecord, convert, prepare_data, stopping_rows
 from equipoise.train.progress import ProgressReport
 from equipoise.train.recipes import load_recipe, recipe_names
 from equipoise.train.trainer import TrainingDiverged
@@ -146,6 +146,17 @@ def test_a_seed_fixes_the_result(donor: str, small: Any, tmp_path: Path) -> None
     a, b, c = (logits(load_model(str(tmp_path / name))) for name in "abc")
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_early_stopping_looks_at_training_rows(donor: str, small: Any) -> None:
+    """What is reported must not choose the weights: the audit scores the held-out split."""
+    data = prepare_data(small("hedgecats").data, load_model(donor), tiny_tokenizer(), seed=0)
+    rows, stopping = stopping_rows(data.rows, small("hedgecats"))
+    assert stopping is not None
+    seen = [row["input_ids"] for part in (rows, stopping) for row in (part[i] for i in range(len(part)))]
+    assert len(seen) == len(data.rows)
+    assert all(torch.equal(row, data.rows[i]["input_ids"]) for i, row in enumerate(seen))
+    assert stopping_rows(data.rows, small("ssd")) == (data.rows, None)
 
 
 def test_seeds_are_held_against_the_same_rows(donor: str, small: Any) -> None:

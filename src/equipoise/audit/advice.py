@@ -44,51 +44,55 @@ def advise(case: Situation) -> str:
 _BY_USE = {
     "window_only": (
         "Use this run as the bar: a hybrid with the same state bytes is worth having only if it beats it on "
-        "answers that lie beyond the window's reach."
+        "text that lies beyond the window's reach."
     ),
     "linear_only": (
-        "Add a window at inference, which needs no training: convex mixing with g = 0.5 for windows of a few "
-        "tokens, 0.7 at 8 to 16, 0.9 at 32 and more."
+        "Convert by the zero-shot recipe, whose maps are trained without a window, and let one join: "
+        "`hybrid.gate_value=0.9` at a `hybrid.window` of 32 and more, 0.7 at 8 to 16, 0.5 at fewer tokens."
     ),
     "collapsed": (
-        "Train the linear branch on its own target (`weights` or `output` transfer with convex mixing "
-        "instead of `hybrid-output` with a shared denominator, as the hedgecats recipe does), then fine-tune "
-        "with window dropout 0.9 → 0.75 → 0.5 (the ssd recipe)."
+        "Train the linear branch on its own target (`transfer.objectives` of weights or output instead of "
+        "hybrid-output, with `hybrid.mixing=convex`, as the hedgecats recipe does), then fine-tune with "
+        "window dropout (`finetune.window_dropout`, as the ssd recipe does)."
     ),
     "redundant": (
-        "Spend the bytes elsewhere: a much smaller window, or a smaller state (D_φ = D, maps per key/value "
-        "head), should cost nothing here; then test recall beyond reach, where the two branches differ."
+        "Spend the bytes elsewhere: a much smaller `hybrid.window`, or a smaller state "
+        "(`hybrid.feature_multiple=1`, `hybrid.map_heads=key_value`), should cost nothing on this text."
     ),
     "inconclusive": (
-        "Evaluate at least four times as many documents, which halves the intervals, and make sure that the "
-        "donor clearly beats no attention on this text and that training did not diverge."
+        "Audit at least four times as many documents (`--documents`), which halves the intervals, and make "
+        "sure that the donor clearly beats no attention on this text and that training did not diverge."
     ),
 }
 
 
 _BY_IMBALANCE: dict[Imbalance, str] = {
     "neither_stands": (
-        "Strengthen each branch: a wider window with 4 sinks, and transfer of the linear branch on its own "
-        "target for 300 or more steps at lr 3e-2 with D_φ = 4D."
+        "Strengthen each branch: a wider `hybrid.window` with `hybrid.sinks=4`, and transfer of the linear "
+        "branch on its own target (`transfer.objectives` of weights) with `transfer.max_steps=300` or more, "
+        "`transfer.learning_rate=3e-2` and `hybrid.feature_multiple=4`."
     ),
     "linear_used": (
-        "Fine-tune with window dropout (the ssd recipe), or on the joint hybrid plus linear-only loss, so "
-        "that the linear branch, which the hybrid does use, learns to answer on its own."
+        "Fine-tune with window dropout (`finetune.window_dropout`, as the ssd recipe does), so that the "
+        "linear branch, which the hybrid does use, learns to answer on its own."
     ),
     "linear_weak": (
-        "Give the linear branch a longer transfer on its own target (`weights`, 300 or more steps at lr "
-        "3e-2, D_φ = 4D), then fine-tune with window dropout 0.9 → 0.75 → 0.5 (the ssd recipe)."
+        "Give the linear branch a longer transfer on its own target (`transfer.objectives` of weights, "
+        "`transfer.max_steps=300` or more, `transfer.learning_rate=3e-2`, `hybrid.feature_multiple=4`), then "
+        "fine-tune with window dropout (`finetune.window_dropout`, as the ssd recipe does)."
     ),
     "window_weak": (
-        "Widen the window or add 4 sinks if local precision matters; otherwise drop the window and run the "
-        "linear branch alone."
+        "Widen `hybrid.window` or set `hybrid.sinks=4` if local precision matters; otherwise drop the window "
+        "(`hybrid.window=null`) and run the linear branch alone."
     ),
     "linear_idle": (
-        "Make the hybrid use what it has: learn g per head or per token and fine-tune with window dropout, "
-        "so that the linear branch is not left at a weight that hardly counts."
+        "Make the hybrid use what it has: learn its mixing weight (`hybrid.gate=per_head` or "
+        "`hybrid.gate=per_token`) and fine-tune with window dropout (`finetune.window_dropout`), so that the "
+        "linear branch is not left at a weight that hardly counts."
     ),
     "window_idle": (
-        "Lower the linear branch's weight (raise g, or learn it per head), so that the window counts as well."
+        "Give the window more weight (`hybrid.gate_value=0.9`, or learned by `hybrid.gate=per_head`), so "
+        "that it counts as well."
     ),
 }
 
@@ -97,24 +101,32 @@ def _balanced(case: Situation) -> str:
     if case.window_lead is not None:
         return (
             f"On this text the window alone at weight 1 recovers {100 * case.window_lead:.1f} points more "
-            "than the hybrid: raise the window's weight (g = 0.9 at windows of 32 and more, or learned per "
-            "head or per token), or train the hybrid longer before calling the linear branch an asset."
+            "than the hybrid: give the window more weight (`hybrid.gate_value=0.9` at a `hybrid.window` of "
+            "32 and more, or learned by `hybrid.gate=per_head` or `hybrid.gate=per_token`), or train the "
+            "hybrid longer (`finetune.epochs`) before calling the linear branch an asset."
         )
     if case.control_is_better:
         return (
             "The branches share the work, but an untrained window of equal bytes predicts this text better: "
-            "keep the hybrid only if recall beyond reach improves, and move bytes from the first two layers' "
-            "windows to later layers."
+            "move bytes from the state to the window (`hybrid.feature_multiple=1` with a larger "
+            "`hybrid.window`), unless what lies beyond reach is what the linear branch is there for."
         )
-    by_benefit = {
-        "beneficial": "Keep this conversion; before relying on it, check generation as well as likelihood.",
-        "not_beneficial": (
-            "Give the linear branch something only it can answer: train on sequences longer than the reach, "
-            "with a write gate and a per-token g, and keep windows in the first two layers small."
-        ),
-    }
-    return by_benefit.get(
-        case.benefit,
-        "Now test the benefit: score recall items that lie beyond the reach of this model and of SWA + sinks "
-        "at equal bytes.",
-    )
+    return _BY_BENEFIT[case.benefit]
+
+
+_BY_BENEFIT = {
+    "beneficial": "Keep this conversion; before relying on it, check generation as well as likelihood.",
+    "not_beneficial": (
+        "Give the linear branch something only it can answer: train on rows longer than the reach "
+        "(`data.context_length`), with `hybrid.gate=per_token` and a smaller `hybrid.window`."
+    ),
+    "untested": (
+        "Now test the benefit: audit at a context (`--context-length`) longer than the reach of this model "
+        "and of SWA + sinks at equal bytes, or shorten both by a smaller `hybrid.window` and "
+        "`hybrid.feature_multiple=1`."
+    ),
+    "inconclusive": (
+        "Settle the benefit: audit at least four times as many documents (`--documents`), or at a longer "
+        "context (`--context-length`), so that more tokens lie beyond reach."
+    ),
+}

@@ -20,7 +20,7 @@ from equipoise.audit.report import CONTROL, ControlSetting, Layers, RunAudit, Ru
 from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_batches
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode
-from equipoise.models.adapters import adapters_disabled
+from equipoise.models.adapters import adapters_disabled, has_adapters
 from equipoise.models.branches import branches, converted_mixers
 from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
 from equipoise.models.storage import CheckpointError
@@ -187,6 +187,8 @@ def audit_model(
         name: donor if donor is not None and name == DONOR else run(branches(model, state, reading=reading))
         for name, (state, reading) in STATES.items()
     }
+    if has_adapters(model):
+        scores["softmax_lora"] = run(branches(model, "softmax_lora"))
     if config.feature_map is not None:
         with untrained_maps(model, note.seed):
             scores[UNTRAINED] = run(branches(model, "linear", reading="renormalised"))

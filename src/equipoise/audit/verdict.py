@@ -192,7 +192,7 @@ def decide_use(
     - `inconclusive`: no branch, an undefined scale, or neither branch nor both recover anything.
     - `redundant`: each branch alone is as good as both.
     - `collapsed`: the window alone is as good as both, and the linear branch alone is dead: no better
-      than no attention, or than its own untrained maps.
+      than no attention, or than its own untrained maps, and not able to stand alone either.
     - `balanced`: each branch stands alone, and removing either from the hybrid costs something.
     - `imbalanced`: all else that is decided: a branch that cannot stand alone (a dead-looking linear branch
       that the hybrid nevertheless uses is here), or that can but is not used.
@@ -305,7 +305,7 @@ def _window_better(evidence: Evidence, limits: Thresholds) -> Finding:
 _RULES: tuple[tuple[Use, dict[str, bool]], ...] = (
     ("inconclusive", {"both_work": False, "window_works": False, "linear_works": False}),
     ("redundant", {"linear_adds": False, "window_adds": False}),
-    ("collapsed", {"linear_adds": False, "linear_works": False}),
+    ("collapsed", {"linear_adds": False, "linear_works": False, "linear_stands": False}),
     (
         "balanced",
         {

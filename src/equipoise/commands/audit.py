@@ -223,15 +223,16 @@ def read_text(
         DataError: text that cannot be used, or fewer than two documents of it.
     """
     from equipoise.data.packing import evaluation_windows
-    from equipoise.data.sources import DataError, load_documents
+    from equipoise.data.sources import DataError, absolute_source, load_documents
     from equipoise.models.load import load_tokenizer
 
-    trained = sorted({subject.trained_on for subject in subjects if subject.trained_on is not None})
+    notes = {absolute_source(s.trained_on): s.note for s in reversed(subjects) if s.trained_on is not None}
+    trained = sorted(notes)
     if options.data is None and len(trained) > 1:
         listed = ", ".join(trained)
         raise UsageError(f"the models were trained on different data ({listed}): choose with --data.")
     source = options.data or (trained or ["stdlib"])[0]
-    seen = next((subject.note for subject in subjects if subject.trained_on == source), None)
+    seen = notes.get(absolute_source(source))
     whole = seen is None and Path(source).expanduser().exists()
     documents = load_documents(
         source, split="validation", held_out=not whole, subset=None if seen is None else seen.subset,

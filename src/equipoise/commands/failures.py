@@ -38,6 +38,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return error.code, text
     if isinstance(error, TyperException):  # typer's own: a wrong option, a missing argument
         return error.exit_code, error.format_message().replace("Value error, ", "")
+    # by name: models need torch; ParityError, of the same family, is work that failed
     if isinstance(error, (ConfigError, UnknownNameError)) or type(error).__name__ == "ConversionError":
         return USAGE, text
     if type(error).__module__.startswith("equipoise."):

@@ -142,6 +142,12 @@ def _stdlib_records(split: str) -> Iterator[Record]:
 # --- local files ----------------------------------------------------------------------------
 
 
+def absolute_source(source: str) -> str:
+    """The name of a source from any working directory: local paths resolved, all others as they are."""
+    is_path = source != "stdlib" and _is_local(source)
+    return str(Path(source).expanduser().resolve()) if is_path else source
+
+
 def _is_local(source: str) -> bool:
     """Whether a source is meant as a path: it exists, or no Hub name could look like it."""
     path = Path(source).expanduser()

@@ -85,8 +85,10 @@ class Hedgehog(FeatureMap):
 class Exponential(FeatureMap):
     """exp([xW, -xW] - the row's maximum).
 
-    The maximum cancels in phi(q), which is normalised; in phi(k) it does not: it takes each key down to the
-    same largest feature. Without it features reach 6e4 at initialisation, past float16.
+    Where linear attention is normalised on its own (``convex`` mixing, or alone) the maximum cancels in
+    phi(q). Under ``shared`` mixing it does not: there it scales linear attention against the window. In
+    phi(k) it never cancels: it takes each key down to the same largest feature. Without it features reach
+    6e4 at initialisation, past float16.
     """
 
     def activation(self, projected: Tensor) -> Tensor:

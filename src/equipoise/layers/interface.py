@@ -173,8 +173,8 @@ def prepare_decoder(
             kwargs["past_key_values"] = HybridCache(config, mixers_of(decoder))
     elif not isinstance(cache, HybridCache):
         _adopt(cache, config, decoder)
-    if kwargs.get("attention_mask") is None and kwargs.get("segment_ids") is None:
-        segments = _segments_of(kwargs.get("position_ids"))
+    if kwargs.get("segment_ids") is None:
+        segments = _segments_of(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         if segments is not None and cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "these position_ids restart, as for packed sequences, but the cache holds an earlier part "
@@ -200,11 +200,11 @@ def _adopt(cache: Any, config: Any, decoder: nn.Module) -> None:
     cache.layer_class_to_replicate = None
 
 
-def _segments_of(position_ids: Tensor | None) -> Tensor | None:
-    """Positions that restart mark packed sequences (transformers' own convention)."""
+def _segments_of(position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Positions that restart mark packed sequences, unless there is padding, which repeats positions too."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return None
     restarts = position_ids.diff(dim=1) != 1
-    if not bool(restarts.any()):
+    if not bool(restarts.any()) or (mask is not None and not bool(mask.all())):
         return None
     return nn.functional.pad(restarts, (1, 0)).long().cumsum(1)

@@ -113,7 +113,8 @@ class HybridMixer(nn.Module):
             feature_map, features = FEATURE_MAPS[config.feature_map], config.feature_multiple * head_dim
             self.phi_q = feature_map(heads, head_dim, features)
             self.phi_k = feature_map(heads if config.map_heads == "query" else kv_heads, head_dim, features)
-        self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate == "per_head" else None
+        self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
+        self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.gate == "per_token" else None
         self.mode = AttentionMode()
         self.observer: Observer | None = None
         self.reset_parameters()
@@ -129,10 +130,19 @@ class HybridMixer(nn.Module):
                 phi.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
         if self.gate_logit is not None:
             self.gate_logit.fill_(math.log(self.config.gate_value / (1 - self.config.gate_value)))
+        if self.gate_weight is not None:  # every token starts at its head's weight
+            self.gate_weight.zero_()
 
-    def gate(self) -> float | Tensor:
-        """The window's weight: a number, or one per head [H, 1]."""
-        return self.config.gate_value if self.gate_logit is None else self.gate_logit.sigmoid()
+    def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
+        """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T]."""
+        if self.gate_logit is None:
+            return self.config.gate_value
+        if self.gate_weight is None:
+            return self.gate_logit.sigmoid()
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, self.gate_weight.dtype)
+            products = (q.to(dtype) @ self.gate_weight.to(dtype)[..., None]).squeeze(-1)
+            return (products + self.gate_logit.to(dtype)).sigmoid()
 
     def attend(
         self,
@@ -173,7 +183,7 @@ class HybridMixer(nn.Module):
             inputs.q, inputs.k, inputs.v,
             self.phi_q if phi_q is None else phi_q, self.phi_k if phi_k is None else phi_k,
             window=config.window if window is None else window, layout=config.layout, mixing=config.mixing,
-            gate=self.gate(), overlap=config.overlap, scale=inputs.scale, softcap=inputs.softcap,
+            gate=self.gate(inputs.q), overlap=config.overlap, scale=inputs.scale, softcap=inputs.softcap,
             key_mask=inputs.key_mask, segment_ids=inputs.segment_ids, branches=branches, sinks=config.sinks,
             initial_state=state, output_final_state=keep_state,
         )  # fmt: skip

@@ -77,6 +77,7 @@ class HybridModel(PreTrainedModel):
         storage.load_mixers(model, path, hub)
         model.config.equipoise = dict(described)
         model.config.name_or_path = str(path)
+        storage.load_generation_config(model, path, hub)
         model.eval()
         return loaded
 

@@ -53,6 +53,10 @@ class ConversionError(ValueError):
     """A model that cannot be converted, or not so; the message names it, the reason and the way out."""
 
 
+class ParityError(ConversionError):
+    """The converted model is not the donor where it should be: the self-test failed, not the request."""
+
+
 def check_family(model_type: str) -> None:
     """Raise unless donors of this type convert.
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 MIXERS = "hybrid.safetensors"
@@ -130,6 +131,14 @@ def load_mixers(model: nn.Module, checkpoint: Any, hub: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+
+
+def load_generation_config(model: Any, checkpoint: Any, hub: dict[str, Any]) -> None:
+    """Take over the checkpoint's generation settings, where it has any."""
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
+    except OSError:  # transformers' way to say that there is no such file
+        return
 
 
 def lora_folder(checkpoint: Any, hub: dict[str, Any]) -> Path:

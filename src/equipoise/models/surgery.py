@@ -15,7 +15,7 @@ from equipoise.layers.interface import ATTENTION, mixer_of, mixers_of, pass_cach
 from equipoise.layers.mixer import HybridMixer
 from equipoise.models.adapters import unload_lora
 from equipoise.models.branches import branches
-from equipoise.models.families import ConversionError, check_family
+from equipoise.models.families import ConversionError, ParityError, check_family
 from equipoise.models.layout import attention_modules, is_local, selected_layers
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def hybridize(
 
     Raises:
         ConversionError: the family, a layer or a setting that cannot be converted, and why.
+        ParityError: the self-test failed; one of the ConversionErrors.
         UnknownNameError: no such feature map or mixing rule.
     """
     from equipoise.models.auto import classes_of
@@ -204,7 +205,7 @@ def _check_parity(model: PreTrainedModel, expected: torch.Tensor) -> None:
     tolerance = (1e-4 if model.dtype.itemsize >= 4 else 5e-2) * max(1.0, expected.abs().max().item())
     difference = (got - expected).abs().max().item() if len(got) else float("nan")
     if not difference <= tolerance:
-        raise ConversionError(
+        raise ParityError(
             f"parity self-test failed for {type(model).__name__}: with its own softmax attention the "
             f"converted model differs from the donor by {difference:.2e} (allowed {tolerance:.2e}). The "
             "donor does something in its attention that the interface does not pass on; please report the "

@@ -172,3 +172,52 @@ def window_attention_recurrent(q: Tensor, k: Tensor, v: Tensor, *, window: int, 
         scores = (k[:, :, seen] * q[:, :, t, None]).sum(-1) * q.shape[-1] ** -0.5
         out.append((scores.softmax(-1)[..., None] * v[:, :, seen]).sum(2))
     return torch.stack(out, 2)
+
+
+def hybrid_attention_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, *,
+    window: int, mixing: str = "convex", gate: float | Tensor = 0.5, overlap: bool = True, sinks: int = 0,
+) -> Tensor:  # fmt: skip
+    """Hybrid attention as it decodes, one token at a time: a list of keys in the window, and (S, z).
+
+    A key joins (S, z) at once with ``overlap``, else when it leaves the window; disjoint sinks never do.
+    Sliding window of at least 1, equal heads, no padding, both branches.
+
+    Args:
+        q, k, v: [B, H, T, D], [B, H, T, D], [B, H, T, E]; any dtype, computed in float64.
+        phi_q, phi_k: features [B, H, T, F].
+        gate: g of ``convex``, gamma of ``shared``; broadcasts to [B, H, T].
+
+    Returns:
+        [B, H, T, E] in float64.
+
+    Source: arXiv 2510.05901 section 2 (convex), arXiv 2410.10254 (shared), arXiv 2006.16236 (S, z).
+    """
+    q, k, v, phi_q, phi_k = (t.double() for t in (q, k, v, phi_q, phi_k))
+    batch, heads, length, size = q.shape
+    gates = torch.as_tensor(gate, dtype=q.dtype).expand(batch, heads, length)[..., None]
+    sums = q.new_zeros(batch, heads, phi_k.shape[-1], v.shape[-1])
+    normalizer = q.new_zeros(batch, heads, phi_k.shape[-1])
+    held: list[int] = []
+    folded, out = 0, []
+    for t in range(length):
+        held.append(t)
+        leaving = [j for j in held if t - j >= window and j >= sinks]
+        held = [j for j in held if j not in leaving]
+        for j in [t] if overlap else leaving:
+            sums = sums + phi_k[:, :, j, :, None] * v[:, :, j, None, :]
+            normalizer = normalizer + phi_k[:, :, j]
+            folded += 1
+        scores = (k[:, :, held] * q[:, :, t, None]).sum(-1) * size**-0.5
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        near, near_total = (weights[..., None] * v[:, :, held]).sum(2), weights.sum(-1, keepdim=True)
+        far = (phi_q[:, :, t, :, None] * sums).sum(2)
+        far_total = (phi_q[:, :, t] * normalizer).sum(-1, keepdim=True)
+        g = gates[:, :, t]
+        if mixing == "shared":
+            out.append((g * near + far) / (g * near_total + far_total))
+        elif folded == 0:
+            out.append(near / near_total)
+        else:
+            out.append(g * near / near_total + (1 - g) * _ratio(far, far_total))
+    return torch.stack(out, 2)

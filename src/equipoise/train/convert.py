@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from equipoise import __version__
 from equipoise.config import ConfigError, DataConfig, HybridConfig, RunConfig
 from equipoise.data.packing import PackedDataset, check_tokenizer, collate, pack_documents
-from equipoise.data.sources import load_documents
+from equipoise.data.sources import absolute_source, load_documents
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
 from equipoise.models.branches import branches
@@ -229,8 +229,10 @@ def _convert(
             highlight=False,
             soft_wrap=True,
         )
+    settings = run.model_dump(mode="json")
+    settings["data"]["source"] = absolute_source(run.data.source)  # an audit may start elsewhere
     record = RunRecord(
-        recipe=run.name, settings=run.model_dump(mode="json"), donor=donor, seed=seed,
+        recipe=run.name, settings=settings, donor=donor, seed=seed,
         train_tokens=sum(r.tokens for r in results.values()),
         train_seconds=float(sum(r.seconds for r in results.values())),
         stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
@@ -308,24 +310,37 @@ def train(
     if run.finetune is not None:
         lora_targets(model, run.finetune)  # a wrong name is known before stage 1 has run for hours
     set_seed(seed)
+    rows, stopping = stopping_rows(data.rows, run)
     if run.transfer is not None:
         with reported(console, f"{run.name} transfer") as callbacks:
             results["transfer"] = transfer(
-                model, run, data.rows, work / "transfer", seed=seed, callbacks=callbacks, resume=resume
+                model, run, rows, work / "transfer", seed=seed, callbacks=callbacks, resume=resume
             )
     if run.finetune is not None:
         with reported(console, f"{run.name} finetune") as callbacks:
             results["finetune"] = finetune(
                 model,
                 run,
-                data.rows,
-                data.held_out,
+                rows,
+                stopping,
                 work / "finetune",
                 seed=seed,
                 callbacks=callbacks,
                 resume=resume,
             )
     return results
+
+
+def stopping_rows(rows: PackedDataset, run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """(rows to train on, rows that early stopping looks at): the latter are training data set aside.
+
+    Not the held-out rows: choosing the weights on what is reported would flatter them.
+    """
+    if run.finetune is None or run.finetune.early_stopping is None:
+        return rows, None
+    count = min(HELD_OUT_ROWS, max(1, len(rows) // 10))
+    kept = len(rows) - count
+    return Subset(rows, range(kept)), Subset(rows, range(kept, len(rows)))
 
 
 def save(

@@ -25,6 +25,7 @@ from equipoise.train.schedules import draw_window_dropout, window_dropout_probab
 from equipoise.train.trainer import (
     StageResult,
     StageTrainer,
+    TrainingDiverged,
     clear,
     finished_result,
     latest_checkpoint,
@@ -97,7 +98,7 @@ def _transfer_metrics(share: dict[str, float], mixers: list[HybridMixer]) -> dic
         squares = [p.grad.float().square().sum().item() for p in parameters if p.grad is not None]
         return sum(squares) ** 0.5
 
-    gates = [m.gate_logit for m in mixers if m.gate_logit is not None]
+    gates = [p for m in mixers for n, p in m.named_parameters() if n.startswith("gate")]
     maps = [p for m in mixers for n, p in m.named_parameters() if n.startswith("phi")]
     metrics = {"linear_gradient": norm(maps), "window_gradient": norm(gates)}
     window, linear = (share.get(name, 0.0) ** 0.5 for name in ("window", "linear"))
@@ -212,7 +213,7 @@ def finetune(
     model: PreTrainedModel,
     run: RunConfig,
     rows: Dataset[Any],
-    held_out: Dataset[Any],
+    held_out: Dataset[Any] | None,
     directory: Path,
     *,
     seed: int = 0,
@@ -266,7 +267,11 @@ def _run(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume:
         if not resume:
             clear(directory)
         checkpoint = latest_checkpoint(directory) if resume else None
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except TrainingDiverged as error:
+            kept = trainer.keep_last_good()
+            raise TrainingDiverged(f"{error}{kept}") from None
         return trainer.finish(directory)
     finally:
         for parameter in model.parameters():

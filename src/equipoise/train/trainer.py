@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -170,6 +170,17 @@ class StageTrainer(Trainer):
             f"step was not taken. Lower {self.stage_name}.learning_rate (now {self.args.learning_rate:g}) or "
             f"{self.stage_name}.max_grad_norm (now {self.args.max_grad_norm:g})."
         )
+
+    def keep_last_good(self) -> str:
+        """Write the weights before the step that diverged as a checkpoint; says so, or why there is none."""
+        step = self.state.global_step
+        weights = [p for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
+        if step == 0 or not all(bool(p.isfinite().all()) for p in weights):
+            return " No weights of this stage are worth keeping."
+        directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        if not (directory / TRAINED).is_file():
+            self._save_checkpoint(cast(nn.Module, self.model), trial=None)
+        return f" The weights of step {step} are in {directory}."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the branches' share and gradient norms to what is logged."""
