@@ -65,6 +65,8 @@ USED_BUT_DEAD = evidence(both=0.85, s0=0.60, s1=0.62, l0=0.0, l1=0.01)
         # no better than its untrained maps: nothing was learned, whatever those recover
         (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.24, untrained=0.25), "collapsed"),
         (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.40, untrained=0.25), "imbalanced"),
+        # not shown to stand alone: the interval reaches over a third, but not its lower bound
+        (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.329, untrained=0.35), "collapsed"),
         # able to stand alone, if only as well as untrained: not dead, whatever the training did
         (evidence(both=0.96, s0=0.956, s1=0.96, l0=0.04, l1=0.40, untrained=0.37), "imbalanced"),
         (REPAIRED, "balanced"),

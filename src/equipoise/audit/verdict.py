@@ -1,16 +1,14 @@
-"""The verdict on a hybrid: which branch does the work, whether the linear branch pays for itself, what to try
-next.
+"""The verdict on a hybrid: which branch does the work, whether the linear one pays, what to try next.
 
 All use-thresholds live on the recovered scale: 0 is the model without attention, 1 is the donor. "Alone"
 without a word is the renormalised reading (the branch at weight 1), "removed" is the literal reading (the
 other branch keeps the weight it has in the hybrid). Both are needed: failing alone is no proof of being
 unused, and standing alone is no proof of being used.
 
-Every question ("does linear alone recover more than 5%?") is answered from an interval: yes if it lies wholly
-on one side of the threshold, no if wholly on the other. If it straddles the threshold the answer is unclear,
-unless the point estimate lies far off on both counts of `Thresholds.far` and `Thresholds.lean`; then the
-point decides, and the reason says so. Rules are asked in order and the first that holds names the verdict; a
-rule that is unclear makes the verdict `inconclusive`.
+Questions ("does linear alone recover more than 5%?") are answered from an interval: yes or no if it lies
+wholly on one side of the threshold, else unclear, unless the point estimate lies far off (`Thresholds.far`,
+`Thresholds.lean`) and decides; the reason then says so. The first rule that holds names the verdict; an
+unclear one makes it `inconclusive`.
 """
 
 from __future__ import annotations
@@ -192,7 +190,7 @@ def decide_use(
     - `inconclusive`: no branch, an undefined scale, or neither branch nor both recover anything.
     - `redundant`: each branch alone is as good as both.
     - `collapsed`: the window alone is as good as both, and the linear branch alone is dead: no better
-      than no attention, or than its own untrained maps, and not able to stand alone either.
+      than no attention, or than its own untrained maps, and not shown to stand alone either.
     - `balanced`: each branch stands alone, and removing either from the hybrid costs something.
     - `imbalanced`: all else that is decided: a branch that cannot stand alone (a dead-looking linear branch
       that the hybrid nevertheless uses is here), or that can but is not used.
@@ -271,6 +269,9 @@ def _findings(evidence: Evidence, limits: Thresholds) -> dict[str, Finding]:
     """Every question a rule may ask, answered."""
     tolerance, dead, alone = limits.window_tolerance, limits.dead_linear, limits.stands_alone
 
+    # the burden of proof is the branch's: a dead one is not shown to stand alone
+    shown: Answer = "yes" if evidence.linear_alone.ci95[0] > alone else "no"
+
     def above(value: Estimate, limit: float, claim: str) -> Finding:
         return exceeds(value, limit, claim, limits)
 
@@ -286,6 +287,7 @@ def _findings(evidence: Evidence, limits: Thresholds) -> dict[str, Finding]:
         ),
         "window_stands": above(evidence.window_alone, alone, "the window stands alone"),
         "linear_stands": above(evidence.linear_alone, alone, "the linear branch stands alone"),
+        "linear_shown": Finding("the linear branch is shown to stand alone", shown),
         "linear_removed_costs": above(
             evidence.linear_removed, tolerance, "removing the linear branch costs anything"
         ),
@@ -305,7 +307,7 @@ def _window_better(evidence: Evidence, limits: Thresholds) -> Finding:
 _RULES: tuple[tuple[Use, dict[str, bool]], ...] = (
     ("inconclusive", {"both_work": False, "window_works": False, "linear_works": False}),
     ("redundant", {"linear_adds": False, "window_adds": False}),
-    ("collapsed", {"linear_adds": False, "linear_works": False, "linear_stands": False}),
+    ("collapsed", {"linear_adds": False, "linear_works": False, "linear_shown": False}),
     (
         "balanced",
         {
@@ -390,7 +392,6 @@ def _facts(evidence: Evidence) -> str:
 
 
 def _beside_untrained(evidence: Evidence) -> str:
-    """What untrained maps recover, where that is known and more than nothing."""
     untrained = evidence.linear_alone.value - evidence.linear_live.value
     return f" (with untrained maps {untrained:.1%})" if untrained > 0 else ""
 
