@@ -11,17 +11,12 @@ import pytest
 from equipoise.audit.attribution import (
     HYBRID_STATES,
     READINGS,
-    Draws,
-    Estimate,
-    ScoreTable,
     attribute,
-    bootstrap,
-    difference,
-    estimate,
+    check_states,
     recovered,
     recovered_difference,
-    score,
 )
+from equipoise.statistics import Draws, Estimate, ScoreTable, bootstrap, difference, estimate, score
 
 LEVELS = {
     "softmax": 3.0, "both": 3.1, "window": 3.3, "linear": 4.5, "none": 6.0, "sinks": 5.8,
@@ -101,7 +96,7 @@ def test_bootstrap_is_seeded_and_does_not_depend_on_its_chunks(monkeypatch: pyte
     first, again = (score(bootstrap(table(), resamples=300, seed=4), "both") for _ in range(2))
     assert first == again
     assert first != score(bootstrap(table(), resamples=300, seed=5), "both")
-    monkeypatch.setattr("equipoise.audit.attribution._COUNTS_AT_ONCE", 60 * 7)
+    monkeypatch.setattr("equipoise.statistics._COUNTS_AT_ONCE", 60 * 7)
     chunked = score(bootstrap(table(), resamples=300, seed=4), "both")
     assert chunked.ci95 == pytest.approx(first.ci95, abs=1e-12)
 
@@ -162,21 +157,23 @@ def test_linear_share_of_a_model_without_a_linear_branch_is_zero() -> None:
         ({"tokens": [1.0, 0.0]}, "positive"),
         ({"both": [1.0, math.inf]}, "finite sums for state 'both'"),
         ({"both": [1.0]}, "expected 2 sums for state 'both'"),
-        ({"both": None}, "none for both"),
     ],
 )
-def test_bad_tables_are_refused(change: dict[str, list[float] | None], message: str) -> None:
+def test_bad_tables_are_refused(change: dict[str, list[float]], message: str) -> None:
     nll: dict[str, list[float]] = {state: [1.0, 2.0] for state in ("softmax", *HYBRID_STATES)}
     tokens = change.get("tokens") or [1.0, 1.0]
     for state, values in change.items():
         if state == "tokens":
             continue
-        if values is None:
-            del nll[state]
-        else:
-            nll[state] = values
+        nll[state] = values
     with pytest.raises(ValueError, match=message):
         ScoreTable.from_nll(nll, tokens)
+
+
+def test_an_audit_needs_every_branch_state() -> None:
+    measured = {state: [1.0, 2.0] for state in ("softmax", *HYBRID_STATES) if state != "both"}
+    with pytest.raises(ValueError, match="none for both"):
+        check_states(ScoreTable.from_nll(measured, [1.0, 1.0]))
 
 
 def test_unmeasured_states_and_no_resamples_are_refused() -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from equipoise.audit.attribution import Estimate, ScoreTable
 from equipoise.audit.plots import attribution_chart, recovered_chart
 from equipoise.audit.render import render_html, render_markdown, size, summary
 from equipoise.audit.report import (
@@ -31,6 +30,7 @@ from equipoise.audit.report import (
     validate_audit,
     write_audit,
 )
+from equipoise.statistics import Estimate, ScoreTable
 
 DONOR, NONE = 3.0, 6.0
 # Recovered shares: both, window literal and renormalised, linear literal and renormalised.

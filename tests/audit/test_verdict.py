@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from equipoise.audit.attribution import Estimate
 from equipoise.audit.verdict import (
     Evidence,
     Thresholds,
@@ -15,6 +14,7 @@ from equipoise.audit.verdict import (
     exceeds,
     judge,
 )
+from equipoise.statistics import Estimate
 
 
 def near(value: float, half: float = 0.004) -> Estimate:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from equipoise.audit.attribution import DONOR, UNTRAINED, Estimate, ScoreTable
+from equipoise.audit.attribution import DONOR, UNTRAINED
 from equipoise.audit.report import CONTROL, ControlSetting, Layers, RunAudit, RunFacts, audit_run
 from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_batches
 from equipoise.layers.interface import mixers_of
@@ -25,6 +25,7 @@ from equipoise.models.branches import branches, converted_mixers
 from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
 from equipoise.models.storage import CheckpointError
 from equipoise.ops.types import Reading
+from equipoise.statistics import Estimate, ScoreTable
 
 STATES: Mapping[str, tuple[str, Reading]] = {
     DONOR: ("softmax", "literal"),

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from equipoise.audit.attribution import Estimate, Reading
+from equipoise.audit.attribution import Reading
+from equipoise.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from equipoise.audit.attribution import Estimate
 from equipoise.audit.plots import attribution_chart, recovered_chart
+from equipoise.statistics import Estimate
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -21,23 +21,18 @@ from typing import Any
 
 from equipoise.audit.attribution import (
     DONOR,
-    INTERVAL,
     READINGS,
     BranchAttribution,
-    Draws,
-    Estimate,
     Reading,
-    ScoreTable,
     attribute,
-    bootstrap,
-    difference,
+    check_states,
     recovered,
-    score,
 )
 from equipoise.audit.render import console_table, render_html, render_markdown
 from equipoise.audit.schema import SCHEMA_VERSION, Json, audit_schema, validate_audit
 from equipoise.audit.verdict import Thresholds, Verdict, gather, judge
 from equipoise.models.storage import write_atomically
+from equipoise.statistics import INTERVAL, Draws, Estimate, ScoreTable, bootstrap, difference, score
 
 __all__ = [
     "CONTROL",
@@ -232,6 +227,7 @@ def audit_run(
         raise ValueError(
             f"expected a table of metric 'nll', got {table.metric!r}; audit reports hold likelihoods"
         )
+    check_states(table)
     draws = bootstrap(table, resamples=resamples, seed=bootstrap_seed)
     states = [state for state in table.sums if state != DONOR]
     verdict = judge(

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from equipoise.audit import advice
-from equipoise.audit.attribution import UNTRAINED, Draws, Estimate, recovered, recovered_difference
+from equipoise.audit.attribution import UNTRAINED, recovered, recovered_difference
+from equipoise.statistics import Draws, Estimate
 
 Use = Literal[
     "window_only", "collapsed", "linear_only", "imbalanced", "redundant", "balanced", "inconclusive"
