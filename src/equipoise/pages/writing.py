@@ -100,10 +100,14 @@ def _environment() -> Environment:
     environment.filters["md"] = markdown_text
     environment.filters["code"] = code_spans
     environment.filters["drawing"] = Markup  # matplotlib escapes what it draws
-    environment.tests["figure"] = lambda section: isinstance(section, Figure)
-    environment.tests["table"] = lambda section: isinstance(section, Table)
-    environment.tests["text"] = lambda section: isinstance(section, Text)
+    environment.tests["figure"] = partial(_is_a, Figure)
+    environment.tests["table"] = partial(_is_a, Table)
+    environment.tests["text"] = partial(_is_a, Text)
     return environment
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind)
 
 
 def markdown_text(value: object) -> Markup:
