@@ -54,6 +54,19 @@ def _same_flag(one: bool | Tensor, other: bool | Tensor) -> bool:
     return one is other
 
 
+def _for_rows(branches: Branches | None, rows: int) -> Branches | None:
+    """The same with flags of [1, H] repeated for every row of the batch."""
+    if branches is None:
+        return None
+
+    def repeated(flag: bool | Tensor) -> bool | Tensor:
+        if isinstance(flag, Tensor) and flag.ndim == 2 and flag.shape[0] == 1:
+            return flag.expand(rows, -1)
+        return flag
+
+    return Branches(repeated(branches.window), repeated(branches.linear), branches.reading)
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """What one layer's attention received: the donor's view of it, handed to observers.
@@ -177,15 +190,20 @@ class HybridMixer(nn.Module):
         state: AttentionState | None = None,
         keep_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
-        """The hybrid itself; features may be handed in where they are at hand already."""
+        """The hybrid itself; features may be handed in where they are at hand already.
+
+        A flag of ``branches`` that is [1, H] holds for every row, whatever the batch: branches by head.
+        """
         config = self.config
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v,
             self.phi_q if phi_q is None else phi_q, self.phi_k if phi_k is None else phi_k,
             window=config.window if window is None else window, layout=config.layout, mixing=config.mixing,
             gate=self.gate(inputs.q), overlap=config.overlap, scale=inputs.scale, softcap=inputs.softcap,
-            key_mask=inputs.key_mask, segment_ids=inputs.segment_ids, branches=branches, sinks=config.sinks,
+            key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
+            branches=_for_rows(branches, inputs.q.shape[0]), sinks=config.sinks,
             initial_state=state, output_final_state=keep_state,
+            reuse_state=not torch.is_grad_enabled(),  # the cache's own, and replaced by the new one
         )  # fmt: skip
 
     def extra_repr(self) -> str:

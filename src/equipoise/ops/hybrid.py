@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equipoise.ops import dispatch
 from equipoise.ops.checks import check_arguments
 from equipoise.ops.types import AttentionState, Branches, Call, FeatureMapLike, Layout
-from equipoise.ops.walk import Walk
 
 CHUNK = 64
 """Queries a block. On CPU blocks of 64 keep the scratch memory in cache."""
@@ -34,6 +34,7 @@ def hybrid_attention(
     sinks: int = 0,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
+    reuse_state: bool = False,
     chunk_size: int = CHUNK,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
     """Sliding-window softmax attention and linear attention over the same q, k, v, mixed.
@@ -49,7 +50,7 @@ def hybrid_attention(
         window: w, the number of last tokens the softmax sees; None for no window branch; 0 leaves only sinks.
         layout: ``sliding`` (keys i-w+1..i) or ``terraced`` (own block of w and the one before, blocks counted
             from each segment's first real token).
-        mixing: name of a mixing rule: ``convex`` or ``shared``.
+        mixing: name of a mixing rule: ``convex``, ``shared`` or ``shared-affine``.
         gate: the window's weight g, or gamma for ``shared``; a number, or a tensor that broadcasts to [B, H,
             T].
         overlap: whether linear attention also covers the keys in the window.
@@ -63,6 +64,8 @@ def hybrid_attention(
             set when disjoint).
         initial_state: where an earlier call with the same settings stopped.
         output_final_state: whether to return a state to resume from.
+        reuse_state: the caller gives ``initial_state`` away: its sums may be updated in place. Only without
+            gradients.
         chunk_size: queries per block; changes speed, not results.
 
     Returns:
@@ -77,11 +80,14 @@ def hybrid_attention(
         q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, window=window, layout=layout, mixing=mixing, gate=gate,
         lagging=window is not None and not overlap, scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches or Branches(),
-        sinks=sinks, state=initial_state, chunk_size=chunk_size,
+        sinks=sinks, state=initial_state, chunk_size=chunk_size, reuse_state=reuse_state,
     )  # fmt: skip
     check_arguments(call)
+    # Entering a context costs as much as half a step of decoding.
+    if not torch.is_autocast_enabled(q.device.type):
+        return dispatch.run(call, output_final_state)
     with torch.autocast(q.device.type, enabled=False):
-        return Walk(call).run(output_final_state)
+        return dispatch.run(call, output_final_state)
 
 
 def window_attention(

@@ -69,3 +69,11 @@ def shared(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor
     """
     denominator = gate * window.denominator + linear.denominator
     return divide(gate * window.numerator, denominator), divide(linear.numerator, denominator)
+
+
+@MIXING_RULES.register("shared-affine")
+def shared_affine(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """`shared` with the linear weights times 1 - gate: LoLCATs' ``affine_attention_factors``, which its
+    published configurations leave off."""
+    denominator = gate * window.denominator + (1 - gate) * linear.denominator
+    return divide(gate * window.numerator, denominator), divide((1 - gate) * linear.numerator, denominator)

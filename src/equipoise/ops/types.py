@@ -124,6 +124,7 @@ class Call:
     sinks: int
     state: AttentionState | None
     chunk_size: int
+    reuse_state: bool = False
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

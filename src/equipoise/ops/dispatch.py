@@ -1,0 +1,113 @@
+"""Which implementation runs a call: the one place that decides, and says so where it is not the fast one.
+
+`walk` is plain PyTorch and takes every call. `stream` is the fast path on CPU. The choice can be overridden
+by the environment variable EQUIPOISE_BACKEND, or by `backend` for a block of code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from equipoise.ops import native_step, step, stream, stream_backward, stream_forward
+from equipoise.ops.types import AttentionState, Call
+from equipoise.ops.walk import Walk
+from equipoise.registry import unknown_name
+
+BACKENDS = ("auto", "walk", "stream")
+VARIABLE = "EQUIPOISE_BACKEND"
+
+_chosen: ContextVar[str | None] = ContextVar("equipoise_backend", default=None)
+_said: set[str] = set()
+_logger = logging.getLogger("equipoise.ops")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run this call."""
+
+
+@contextmanager
+def backend(name: str) -> Generator[None]:
+    """Run the operators on one backend for the time of the block: a name of `BACKENDS`.
+
+    Raises:
+        UnknownNameError: no such backend.
+    """
+    if name not in BACKENDS:
+        raise unknown_name("backend", name, BACKENDS)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def wanted() -> str:
+    """The backend asked for, `auto` where none is.
+
+    Raises:
+        UnknownNameError: the environment names one that does not exist.
+    """
+    name = _chosen.get() or os.environ.get(VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise unknown_name(f"backend (in {VARIABLE})", name, BACKENDS)
+    return name
+
+
+def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
+    """Run a checked call.
+
+    Raises:
+        BackendError: the backend asked for cannot run it.
+    """
+    name = wanted()
+    if name == "walk":
+        return Walk(call).run(output_final_state)
+    reason = _why_not_stream(call, output_final_state)
+    if reason is None:
+        if needs_gradient(call):
+            return stream_backward.run(call), None
+        if step.supports(call):
+            if native_step.supports(call):
+                out, state = native_step.run(call)
+                return out, state if output_final_state else None
+            out, state = step.run(call)
+            return out, state if output_final_state else None
+        return stream_forward.run(call, output_final_state)
+    if name == "stream":
+        raise BackendError(f"the stream backend cannot run {reason}; use EQUIPOISE_BACKEND=auto.")
+    if call.q.device.type == "cpu" and reason not in _said:
+        _said.add(reason)
+        _logger.info("the slower general path runs: %s", reason)
+    return Walk(call).run(output_final_state)
+
+
+def _why_not_stream(call: Call, output_final_state: bool) -> str | None:
+    if call.q.device.type != "cpu" and wanted() == "auto":
+        return "on an accelerator"
+    if needs_gradient(call) and (call.state is not None or output_final_state):
+        return "gradients through a state"
+    return stream.unsupported(call)
+
+
+def needs_gradient(call: Call) -> bool:
+    """Whether autograd records this call."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (call.q, call.k, call.v, call.phi_q, call.phi_k, call.gate)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        return True
+    return any(_may_learn(phi) for phi in (call.phi_q, call.phi_k))
+
+
+def _may_learn(phi: object) -> bool:
+    """Whether a feature map may have parameters; of a plain function one cannot know."""
+    if phi is None or isinstance(phi, Tensor):
+        return False
+    return not isinstance(phi, torch.nn.Module) or any(p.requires_grad for p in phi.parameters())

@@ -1,0 +1,308 @@
+"""Gradients of `equipoise.ops.stream`: everything but the inputs is computed again, chunk by chunk.
+
+Two sweeps. The first goes forward, as the forward pass does, and ends with the gradients of the queries,
+the windows and the keys not yet folded. The second goes backward and carries the gradients of S and z to
+the keys folded into them. Memory beyond inputs and gradients: one tensor of the output's size and one
+number a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from equipoise.ops.mix import EPSILON
+from equipoise.ops.stream import Stream, Weights
+from equipoise.ops.stream_forward import (
+    Sums,
+    attend,
+    group,
+    linear_sums,
+    mixing_weights,
+    rows_of,
+    safe,
+    spread,
+    window_mass,
+    window_weights,
+)
+from equipoise.ops.types import Call, FeatureMapLike
+
+
+def run(call: Call) -> Tensor:
+    """The output [B, H, T, E], differentiable in q, k, v, the features and the gate."""
+    call = replace(call, phi_q=_mapped(call.phi_q, call.q, call), phi_k=_mapped(call.phi_k, call.k, call))
+    weights = mixing_weights(Stream(call))
+    return _Stream.apply(  # pyright: ignore[reportReturnType]
+        call.q, call.k, call.v, call.phi_q, call.phi_k, weights.window, weights.linear, call
+    )
+
+
+def _mapped(phi: Tensor | FeatureMapLike | None, tokens: Tensor, call: Call) -> Tensor | None:
+    """Features of all tokens, so that autograd knows how they came about."""
+    if phi is None or isinstance(phi, Tensor):
+        return phi
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    clean = tokens if call.key_mask is None else tokens.masked_fill(~call.key_mask[:, None, :, None], 0)
+    return phi(clean.to(dtype))
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None,
+        weight_window: Tensor | None, weight_linear: Tensor | None, call: Call,
+    ) -> Tensor:  # fmt: skip
+        stream = Stream(replace(call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k))
+        out, _ = attend(stream, Sums(stream), Weights(weight_window, weight_linear))
+        ctx.save_for_backward(q, k, v, phi_q, phi_k, weight_window, weight_linear)
+        ctx.call = replace(call, q=q.detach(), k=k.detach(), v=v.detach(), phi_q=None, phi_k=None, gate=0.5)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, phi_q, phi_k, weight_window, weight_linear = ctx.saved_tensors
+        call = replace(ctx.call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            found = _Backward(Stream(call), Weights(weight_window, weight_linear), grads[0])
+            found.run(attention=any(ctx.needs_input_grad[:2]))
+        inputs = (q, k, v, phi_q, phi_k, weight_window, weight_linear)
+        totals = (
+            found.q, found.k, found.v, found.phi_q, found.phi_k, found.weight_window, found.weight_linear
+        )  # fmt: skip
+        given = (
+            None if total is None or like is None else total.to(like.dtype)
+            for total, like in zip(totals, inputs, strict=True)
+        )
+        return *given, None
+
+
+@dataclass
+class _Chunk:
+    """What the second sweep needs of a chunk: which rows saw the folded keys, what became of the sums."""
+
+    rows: slice
+    far: Tensor | None
+    kept: Tensor | None
+    folds: bool
+
+
+class _Backward:
+    """Accumulates the gradients of one call, in the dtype of sums."""
+
+    def __init__(self, stream: Stream, weights: Weights, grad: Tensor) -> None:
+        call = stream.call
+        self.stream, self.weights = stream, weights
+        mask = call.key_mask
+        self.grad = grad if mask is None else grad.masked_fill(~mask[:, None, :, None], 0)
+        self.q, self.k, self.v = (self._zeros(x) for x in (call.q, call.k, call.v))
+        self.phi_q = None if call.phi_q is None else self._zeros(cast(Tensor, call.phi_q))
+        self.phi_k = None if call.phi_k is None else self._zeros(cast(Tensor, call.phi_k))
+        self.weight_window = None if weights.window is None else self._zeros(weights.window)
+        self.weight_linear = None if weights.linear is None else self._zeros(weights.linear)
+        self.memories = 0 if self.phi_k is None else self.phi_k.shape[1]
+        self.chunks: list[_Chunk] = []
+        if self.phi_k is not None:
+            self.numerators = torch.empty_like(self.grad, dtype=stream.dtype)
+            self.denominators = self.numerators.new_empty(*self.grad.shape[:3], 1)
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=self.stream.dtype, device=like.device)
+
+    def run(self, *, attention: bool) -> None:
+        """Both sweeps; ``attention`` is whether queries and keys want the gradient of the scores."""
+        sums = Sums(self.stream)
+        for rows in self.stream.chunks():
+            part = self.stream.row_slice(rows)
+            grad = self.grad[:, :, part].to(self.stream.dtype)
+            if self.stream.shared:
+                self._shared(rows, grad, sums)
+                continue
+            if self.stream.call.window is not None and self.weights.window is not None:
+                self._window(rows, grad, attention=attention)
+            if self.phi_k is not None and self.weights.linear is not None:
+                self._linear(rows, grad, sums)
+        if self.phi_k is not None:
+            self._fold_back()
+
+    # ---- the window
+
+    def _window(self, rows: slice, grad: Tensor, *, attention: bool) -> None:
+        stream, part = self.stream, self.stream.row_slice(rows)
+        assert self.weights.window is not None
+        assert self.weight_window is not None
+        probabilities, queries, slope, keys, values = window_weights(stream, rows)
+        out = torch.bmm(probabilities, values)
+        add_rows(self.weight_window, part, (grad * out.view_as(grad)).sum(-1, keepdim=True))
+        pulled = group(grad * rows_of(self.weights.window, part), stream.kv_heads)
+        self._add(self.v, stream.band(rows), torch.bmm(probabilities.mT, pulled))
+        if attention:
+            slopes = torch.bmm(pulled, values.mT).sub_((pulled * out).sum(-1, keepdim=True))
+            self._scores(rows, slopes.mul_(probabilities), slope, queries, keys)
+
+    def _scores(
+        self, rows: slice, slopes: Tensor, softcap: Tensor | None, queries: Tensor, keys: Tensor
+    ) -> None:
+        """Gradients of queries and keys from those of the scores [B * N, H / N * c, X]."""
+        stream = self.stream
+        if softcap is not None:
+            slopes = slopes * softcap
+        pulled = torch.bmm(slopes, keys).mul_(stream.call.scale)
+        part = self.q[:, :, stream.row_slice(rows)]
+        part += pulled.view(part.shape)
+        self._add(self.k, stream.band(rows), torch.bmm(slopes.mT, queries))
+
+    def _add(self, total: Tensor, columns: slice, part: Tensor) -> None:
+        target = total[:, :, columns]
+        target += part.view(target.shape)
+
+    # ---- linear attention
+
+    def _linear(self, rows: slice, grad: Tensor, sums: Sums) -> None:
+        part = self.stream.row_slice(rows)
+        assert self.weights.linear is not None
+        assert self.weight_linear is not None
+        near = _Near(self.stream, rows, sums, self.memories)
+        denominator = safe(near.denominator)
+        out = near.numerator / denominator
+        add_rows(self.weight_linear, part, (grad * out).sum(-1, keepdim=True))
+        numerators = grad * rows_of(self.weights.linear, part) / denominator
+        denominators = -(numerators * out).sum(-1, keepdim=True)
+        denominators.masked_fill_(near.denominator.abs() < EPSILON, 0)
+        self._near(rows, near, numerators, denominators, sums)
+
+    def _near(self, rows: slice, near: _Near, numerators: Tensor, denominators: Tensor, sums: Sums) -> None:
+        """Gradients of the chunk's queries, and of the keys it sees before they are folded."""
+        stream, part = self.stream, self.stream.row_slice(rows)
+        assert self.phi_q is not None
+        assert self.phi_k is not None
+        self.numerators[:, :, part], self.denominators[:, :, part] = numerators, denominators
+        pulled, drained = group(numerators, self.memories), group(denominators, self.memories)
+        slopes = torch.bmm(pulled, near.values.flatten(0, 1).mT).add_(drained)
+        columns = stream.near(rows)
+        if slopes.shape[-1]:
+            seen = stream.block(rows, columns, "linear")[1]
+            slopes.view(stream.batch, stream.heads, -1, slopes.shape[-1]).mul_(seen)
+        queries = torch.bmm(slopes, near.features.flatten(0, 1))
+        same = stream.same_segment(rows, sums.segment)
+        if sums.total is not None and sums.normalizer is not None:
+            far = torch.bmm(pulled, sums.total.mT).add_(drained * sums.normalizer.mT)
+            if same is not None:
+                far *= group(same.expand(-1, stream.heads, -1, -1), self.memories)
+            queries += far
+        target = self.phi_q[:, :, part]
+        target += queries.view(target.shape)
+        self._add(self.phi_k, columns, torch.bmm(slopes.mT, near.phi_q))
+        self._add_values(columns, torch.bmm(near.weights.mT, pulled))
+        had_sums = sums.total is not None
+        segment, _ = (None, None) if not near.folds else sums.own(stream.folding(rows))
+        before = sums.segment
+        near.fold(sums)
+        kept = None
+        if had_sums and near.folds and segment is not None and before is not None:
+            kept = (before == segment).to(stream.dtype).repeat_interleave(self.memories)[:, None, None]
+        self.chunks.append(_Chunk(rows, same, kept, near.folds))
+
+    def _add_values(self, columns: slice, part: Tensor) -> None:
+        """Gradients of values [B * M, n, E], summed over the heads that share them."""
+        target = self.v[:, :, columns]
+        shape = (*target.shape[:2], part.shape[0] // (target.shape[0] * target.shape[1]), *target.shape[2:])
+        target += part.view(shape).sum(2)
+
+    def _fold_back(self) -> None:
+        """The second sweep: gradients of S and z, from the last chunk to the first."""
+        stream = self.stream
+        assert self.phi_k is not None
+        assert self.phi_q is not None
+        total: Tensor | None = None
+        normalizer: Tensor | None = None
+        for chunk in reversed(self.chunks):
+            columns = stream.folding(chunk.rows)
+            if total is not None and normalizer is not None and chunk.folds:
+                features = stream.key_features(columns)
+                values = spread(stream.key_values(columns)[1], self.memories)
+                _, same = Sums(stream).own(columns)
+                kept = None if same is None else same[:, None, :, None].to(stream.dtype)
+                pulled = torch.bmm(values.flatten(0, 1), total.mT).add_(normalizer.mT)
+                pulled = pulled.view(features.shape)
+                if kept is not None:
+                    pulled, features = pulled * kept, features * kept
+                self._add(self.phi_k, columns, pulled)
+                self._add_values(columns, torch.bmm(features.flatten(0, 1), total))
+                if chunk.kept is not None:
+                    total, normalizer = total * chunk.kept, normalizer * chunk.kept
+            part = stream.row_slice(chunk.rows)
+            queries = stream.query_features(chunk.rows)
+            if chunk.far is not None:
+                queries = queries * chunk.far
+            queries = group(queries, self.memories)
+            numerators = group(self.numerators[:, :, part], self.memories)
+            denominators = group(self.denominators[:, :, part], self.memories)
+            if total is None or normalizer is None:
+                total, normalizer = torch.bmm(queries.mT, numerators), torch.bmm(queries.mT, denominators)
+            else:
+                total.baddbmm_(queries.mT, numerators)
+                normalizer.baddbmm_(queries.mT, denominators)
+        if self.stream.tokens.valid is not None:
+            self.phi_k.masked_fill_(~self.stream.tokens.valid[:, None, :, None], 0)
+
+    # ---- one denominator for both
+
+    def _shared(self, rows: slice, grad: Tensor, sums: Sums) -> None:
+        stream, part = self.stream, self.stream.row_slice(rows)
+        assert self.weights.window is not None
+        assert self.weight_window is not None
+        probabilities, queries, slope, keys, values = window_weights(stream, rows)
+        mass = window_mass(stream, probabilities)
+        gamma = rows_of(self.weights.window, part)
+        summed = torch.bmm(probabilities, values).view_as(grad) * mass
+        near = _Near(stream, rows, sums, self.memories)
+        denominator = gamma * mass + near.denominator
+        divisor = safe(denominator)
+        numerators = grad / divisor
+        denominators = -(numerators * (gamma * summed + near.numerator)).sum(-1, keepdim=True) / divisor
+        denominators.masked_fill_(denominator.abs() < EPSILON, 0)
+        add_rows(self.weight_window, part, (numerators * summed).sum(-1, keepdim=True) + denominators * mass)
+        pulled = group(numerators * gamma, stream.kv_heads)
+        exponentials = probabilities * group(mass, stream.kv_heads)
+        self._add(self.v, stream.band(rows), torch.bmm(exponentials.mT, pulled))
+        slopes = torch.bmm(pulled, values.mT).add_(group(denominators * gamma, stream.kv_heads))
+        slopes.mul_(exponentials)
+        largest = (probabilities == probabilities.amax(-1, keepdim=True)).to(slopes.dtype)
+        slopes -= largest / largest.sum(-1, keepdim=True) * slopes.sum(-1, keepdim=True)
+        self._scores(rows, slopes, slope, queries, keys)
+        self._near(rows, near, numerators, denominators, sums)
+
+
+class _Near:
+    """Linear attention of one chunk, computed again: what its gradients are made of."""
+
+    def __init__(self, stream: Stream, rows: slice, sums: Sums, memories: int) -> None:
+        self.folding, near = stream.folding(rows), stream.near(rows)
+        count = near.stop - near.start
+        self._features = stream.key_features(self.folding)
+        self._values = spread(stream.key_values(self.folding)[1], memories)
+        self.features, self.values = self._features[:, :, :count], self._values[:, :, :count]
+        self.phi_q = group(stream.query_features(rows), memories)
+        self.weights, numerator, denominator = linear_sums(
+            stream, rows, sums, self.features, self.phi_q, self.values
+        )
+        new = (stream.batch, stream.heads, rows.stop - rows.start, -1)
+        self.numerator, self.denominator = numerator.view(new), denominator.view(new)
+        self.folds = self.folding.stop > self.folding.start
+
+    def fold(self, sums: Sums) -> None:
+        if self.folds:
+            sums.fold(self.folding, self._features, self._values)
+
+
+def add_rows(total: Tensor, part: slice, values: Tensor) -> None:
+    """Add a chunk's gradients [B, H, c, 1] to those of weights [B, H, T or 1, 1]."""
+    if total.shape[2] == 1:
+        total += values.sum(2, keepdim=True)
+    else:
+        total[:, :, part] += values

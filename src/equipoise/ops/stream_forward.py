@@ -1,0 +1,240 @@
+"""The forward pass of `equipoise.ops.stream`, and the sums it carries from chunk to chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equipoise.ops.mix import EPSILON
+from equipoise.ops.stream import Stream, Weights
+from equipoise.ops.types import AttentionState, Call
+
+
+class Sums:
+    """S [B * M, F, E] and z [B * M, F, 1] of the folded keys, updated in place; None until there are any.
+
+    Attributes:
+        segment: the segment they belong to [B]; None when there is one.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.total: Tensor | None = None
+        self.normalizer: Tensor | None = None
+        self.segment: Tensor | None = None
+        state = stream.call.state
+        if state is not None and state.linear_state is not None and state.linear_normalizer is not None:
+            # a copy: the caller's state stays what it was
+            self.total = state.linear_state.flatten(0, 1).to(stream.dtype, copy=True)
+            self.normalizer = state.linear_normalizer.flatten(0, 1)[..., None].to(stream.dtype, copy=True)
+            self.segment = state.folded_segment
+
+    def own(self, columns: slice) -> tuple[Tensor | None, Tensor | None]:
+        """The segment that is folded with these columns [B], and which of them belong to it [B, n]."""
+        segments = self.stream.tokens.segments
+        if segments is None:
+            return None, None
+        segment = segments[:, columns.stop - 1]
+        return segment, segments[:, columns] == segment[:, None]
+
+    def fold(self, columns: slice, features: Tensor, values: Tensor) -> None:
+        """Add keys: features [B, M, n, F], values [B, M, n, E]."""
+        segment, same = self.own(columns)
+        if same is not None:
+            features = features * same[:, None, :, None].to(features.dtype)
+        features, values = features.flatten(0, 1), values.flatten(0, 1)
+        if self.total is None or self.normalizer is None:
+            self.total, self.normalizer = torch.bmm(features.mT, values), features.sum(1)[..., None]
+        else:
+            self.keep(segment)
+            self.total.baddbmm_(features.mT, values)
+            self.normalizer += features.sum(1)[..., None]
+        self.segment = segment
+
+    def keep(self, segment: Tensor | None) -> Tensor | None:
+        """Start rows afresh where a new segment has begun; returns what the old sums were multiplied by."""
+        if segment is None or self.segment is None or self.total is None or self.normalizer is None:
+            return None
+        kept = (self.segment == segment).to(self.total.dtype)
+        kept = kept.repeat_interleave(len(self.total) // len(kept))[:, None, None]
+        self.total *= kept
+        self.normalizer *= kept
+        return kept
+
+    def tensors(self, memories: int, features: int) -> tuple[Tensor, Tensor]:
+        """S [B, M, F, E] and z [B, M, F]; zeros where nothing was folded."""
+        stream = self.stream
+        if self.total is None or self.normalizer is None:
+            device = stream.call.q.device
+            return (
+                torch.zeros(
+                    stream.batch, memories, features, stream.value_size, dtype=stream.dtype, device=device
+                ),
+                torch.zeros(stream.batch, memories, features, dtype=stream.dtype, device=device),
+            )
+        shape = (stream.batch, memories, features)
+        return self.total.view(*shape, -1), self.normalizer.view(shape)
+
+
+def group(rows: Tensor, groups: int) -> Tensor:
+    """[B, H, c, X] -> [B * groups, H / groups * c, X]: query heads of one key head, one below the other."""
+    batch, heads, count, size = rows.shape
+    return rows.reshape(batch * groups, heads // groups * count, size)
+
+
+def spread(values: Tensor, heads: int) -> Tensor:
+    """[B, N, n, E] -> [B, heads, n, E], each repeated for the heads that share it."""
+    return values if values.shape[1] == heads else values.repeat_interleave(heads // values.shape[1], 1)
+
+
+def window_weights(stream: Stream, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """(softmax [B * N, H / N * c, X], scaled queries, d score / d product or None, keys, values) of a chunk.
+
+    The scores themselves are what a mixing rule with a shared denominator needs; see `window_mass`.
+    """
+    call, band = stream.call, stream.band(rows)
+    keys, values = stream.key_values(band)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    queries = group(
+        stream.queries[:, :, stream.row_slice(rows)].to(stream.dtype) * call.scale, stream.kv_heads
+    )
+    scores = torch.bmm(queries, keys.mT)
+    slope = None
+    if call.softcap is not None:
+        scores = scores.div_(call.softcap).tanh_()
+        if call.q.requires_grad or call.k.requires_grad:
+            slope = 1 - scores.square()
+        scores = scores.mul_(call.softcap)
+    bias, _ = stream.block(rows, band, "window")
+    assert bias is not None
+    scores.view(stream.batch, stream.heads, -1, scores.shape[-1]).add_(bias)
+    return scores.softmax(-1), queries, slope, keys, values
+
+
+def linear_sums(
+    stream: Stream, rows: slice, sums: Sums, features: Tensor, phi_q: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights of the near keys [B * M, H / M * c, n], numerator, denominator) of a chunk's linear attention.
+
+    Args:
+        stream, rows: the chunk.
+        sums: of the folded keys.
+        features, values: of the near keys, [B, M, n, F] and [B, M, n, E].
+        phi_q: grouped, [B * M, H / M * c, F].
+    """
+    memories = features.shape[1]
+    weights = torch.bmm(phi_q, features.flatten(0, 1).mT)
+    if weights.shape[-1]:
+        seen = stream.block(rows, stream.near(rows), "linear")[1]
+        weights.view(stream.batch, stream.heads, -1, weights.shape[-1]).mul_(seen)
+    numerator = torch.bmm(weights, values.flatten(0, 1))
+    denominator = weights.sum(-1, keepdim=True)
+    if sums.total is not None and sums.normalizer is not None:
+        far = far_queries(stream, rows, sums, phi_q, memories)
+        numerator.baddbmm_(far, sums.total)
+        denominator.baddbmm_(far, sums.normalizer)
+    return weights, numerator, denominator
+
+
+def far_queries(stream: Stream, rows: slice, sums: Sums, phi_q: Tensor, memories: int) -> Tensor:
+    """Query features, 0 in rows whose segment is not the folded one."""
+    same = stream.same_segment(rows, sums.segment)
+    if same is None:
+        return phi_q
+    return group(same.expand(-1, stream.heads, -1, -1), memories) * phi_q
+
+
+def safe(denominator: Tensor) -> Tensor:
+    """The denominator with its magnitude kept above EPSILON, as in `equipoise.ops.mix.divide`."""
+    floor = torch.where(denominator < 0, -EPSILON, EPSILON).to(denominator.dtype)
+    return torch.where(denominator.abs() < EPSILON, floor, denominator)
+
+
+def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
+    """The output [B, H, T, E] in q's dtype, and the state after the last token if asked for."""
+    stream = Stream(call)
+    sums = Sums(stream)
+    out, shape = attend(stream, sums, mixing_weights(stream))
+    if not output_final_state:
+        return out, None
+    return out, stream.final_state(*((None, None) if call.phi_k is None else sums.tensors(*shape)))
+
+
+def mixing_weights(stream: Stream) -> Weights:
+    """The branches' weights; where they share a denominator, gamma as the window's."""
+    if not stream.shared:
+        return stream.weights()
+    gate = torch.as_tensor(stream.call.gate, dtype=stream.dtype, device=stream.call.q.device)
+    return Weights(gate.expand(stream.batch, stream.heads, stream.length)[..., None], None)
+
+
+def attend(stream: Stream, sums: Sums, weights: Weights) -> tuple[Tensor, tuple[int, int]]:
+    """All chunks in order: the output, and (M, F) of the features. ``sums`` ends up with what is folded."""
+    call = stream.call
+    shape = (stream.batch, stream.heads, stream.length, stream.value_size)
+    out = torch.empty(shape, dtype=call.q.dtype, device=call.q.device)
+    sizes = (0, 0)
+    for rows in stream.chunks():
+        part = stream.row_slice(rows)
+        window = linear = mass = None
+        if call.window is not None and weights.window is not None:
+            probabilities, _, _, _, values = window_weights(stream, rows)
+            window = torch.bmm(probabilities, values).view(*shape[:2], -1, shape[3])
+            mass = window_mass(stream, probabilities) if stream.shared else None
+        if call.phi_k is not None:
+            linear, sizes = _linear(stream, rows, sums)
+        if mass is not None:
+            assert window is not None
+            assert linear is not None
+            assert weights.window is not None
+            factor = rows_of(weights.window, part) * mass
+            mixed = window.mul_(factor).add_(linear[0]).div_(safe(factor + linear[1]))
+        else:
+            mixed = _convex(window, linear, weights, part)
+        if mixed is None:
+            out[:, :, part] = 0
+            continue
+        if call.key_mask is not None:
+            mixed.masked_fill_(~call.key_mask[:, None, part, None], 0)
+        out[:, :, part] = mixed
+    return out, sizes
+
+
+def _linear(stream: Stream, rows: slice, sums: Sums) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Numerator and denominator [B, H, c, E or 1] of a chunk, and (M, F); folds the chunk's keys."""
+    folding, near = stream.folding(rows), stream.near(rows)
+    features = stream.key_features(folding)
+    memories, count = features.shape[1], near.stop - near.start
+    values = spread(stream.key_values(folding)[1], memories)
+    phi_q = group(stream.query_features(rows), memories)
+    _, numerator, denominator = linear_sums(
+        stream, rows, sums, features[:, :, :count], phi_q, values[:, :, :count]
+    )
+    if folding.stop > folding.start:
+        sums.fold(folding, features, values)
+    new = (stream.batch, stream.heads, rows.stop - rows.start, -1)
+    return (numerator.view(new), denominator.view(new)), (memories, features.shape[-1])
+
+
+def window_mass(stream: Stream, probabilities: Tensor) -> Tensor:
+    """Sum over the window of exp(score - largest score) [B, H, c, 1]: the largest has weight 1 in it."""
+    mass = 1 / probabilities.amax(-1, keepdim=True)
+    return mass.view(stream.batch, stream.heads, -1, 1)
+
+
+def _convex(
+    window: Tensor | None, linear: tuple[Tensor, Tensor] | None, weights: Weights, part: slice
+) -> Tensor | None:
+    """Weighted sum of the normalised branches; the arguments are scratch and change."""
+    mixed = None
+    if window is not None and weights.window is not None:
+        mixed = window.mul_(rows_of(weights.window, part))
+    if linear is not None and weights.linear is not None:
+        other = linear[0].mul_(rows_of(weights.linear, part) / safe(linear[1]))
+        mixed = other if mixed is None else mixed.add_(other)
+    return mixed
+
+
+def rows_of(weights: Tensor, part: slice) -> Tensor:
+    """The chunk's part of weights [B, H, T or 1, 1]."""
+    return weights if weights.shape[2] == 1 else weights[:, :, part]
