@@ -221,6 +221,22 @@ def test_training_data_is_never_scored_however_it_is_spelt(
     assert len({window.document for window in windows}) < 10  # of 40
 
 
+@pytest.mark.parametrize(("trained", "scored"), [("texts", "texts/t.jsonl"), ("texts/t.jsonl", "texts")])
+def test_a_file_of_a_folder_that_was_trained_on_is_not_new(
+    hybrids: dict[str, Path], corpus: Path, tmp_path: Path, trained: str, scored: str
+) -> None:
+    model = Path(shutil.copytree(hybrids["ssd"], tmp_path / "model"))
+    (tmp_path / "texts").mkdir()
+    shutil.copy(corpus, tmp_path / "texts" / "t.jsonl")
+    note = json.loads((model / "run.json").read_text())
+    note["settings"]["data"]["source"] = str(tmp_path / trained)
+    (model / "run.json").write_text(json.dumps(note))
+    options = AuditOptions(str(tmp_path / scored), None, 64, 200, 4, 8, 0, 20)
+    windows, words = read_text([inspect(str(model))], options, 64)
+    assert words.endswith("(held out)")
+    assert len({window.document for window in windows}) < 10  # of 40
+
+
 def test_run_json_says_where_local_data_lies(
     convert: Cli, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

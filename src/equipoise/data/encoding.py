@@ -11,7 +11,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from equipoise.data.sources import DataError, DocumentLayout, layout_of
+from equipoise.data.layouts import DataError, DocumentLayout, layout_of
 
 Messages = list[dict[str, str]]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.encoding import encode_documents
-from equipoise.data.sources import DataError
+from equipoise.data.layouts import DataError
 from equipoise.data.token_cache import (
     TokenStream,
     default_cache_dir,

@@ -10,25 +10,24 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import datasets
 from datasets import Dataset
 
-DocumentLayout = Literal["messages", "completion", "instruction", "text"]
-Record: TypeAlias = Mapping[str, Any]
-
-LAYOUTS: Mapping[DocumentLayout, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-"""Columns that each layout needs. Structured layouts come first: a table that carries both a chat
-and its rendered text says more about which tokens are responses through the chat. `instruction`
-(Alpaca) may also have an `input` column."""
+from equipoise.data.layouts import (
+    LAYOUTS,
+    DataError,
+    DocumentLayout,
+    Record,
+    choose_layout,
+    is_empty,
+    problem_of,
+    project,
+    to_dataset,
+)
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".text", ".py"})
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
@@ -39,10 +38,6 @@ _STDLIB_SKIPPED = frozenset(
     | {"pydoc_data", "encodings", "ensurepip"}
 )
 _STDLIB_ORDER_SEED = 0
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message says what was expected, what came, and the fix."""
 
 
 def load_documents(
@@ -74,7 +69,7 @@ def load_documents(
     if limit is not None and limit < 1:
         raise DataError(f"expected a document limit of at least 1, got {limit}; omit it for all")
     if source == "stdlib":
-        documents = _to_dataset(_stdlib_records(split), layout="text")
+        documents = to_dataset(_stdlib_records(split), layout="text")
     elif _is_local(source):
         documents = _load_local(Path(source).expanduser(), text_column)
         documents = _held_out_split(documents, split, source) if held_out else documents
@@ -86,23 +81,6 @@ def load_documents(
             "check that the text column is the right one and is not empty"
         )
     return documents if limit is None else documents.select(range(min(limit, len(documents))))
-
-
-def layout_of(columns: Iterable[str]) -> DocumentLayout:
-    """Return the layout that a table with these columns has.
-
-    Raises:
-        DataError: no layout fits; the message lists the columns found.
-    """
-    found = sorted(columns)
-    for layout, needed in LAYOUTS.items():
-        if set(needed) <= set(found):
-            return layout
-    expected = "; ".join(" + ".join(needed) for needed in LAYOUTS.values())
-    raise DataError(
-        f"expected columns of one of these layouts: {expected}; got {found}; rename a column or "
-        "name the one to read with text_column"
-    )
 
 
 # --- the standard library -------------------------------------------------------------------
@@ -148,6 +126,16 @@ def absolute_source(source: str) -> str:
     return str(Path(source).expanduser().resolve()) if is_path else source
 
 
+def overlaps(source: str, other: str) -> bool:
+    """Whether two sources share documents, by name: the same one, or a file or folder in the other."""
+    one, two = absolute_source(source), absolute_source(other)
+    if one == two:
+        return True
+    if "stdlib" in (source, other) or not (_is_local(source) and _is_local(other)):
+        return False
+    return Path(one) in Path(two).parents or Path(two) in Path(one).parents
+
+
 def _is_local(source: str) -> bool:
     """Whether a source is meant as a path: it exists, or no Hub name could look like it."""
     path = Path(source).expanduser()
@@ -168,15 +156,15 @@ def _load_local(path: Path, text_column: str | None) -> Dataset:
         )
     located = [item for file in _files_of(path) for item in _read_file(file)]
     columns = {name for _, record in located for name in record}
-    layout = _choose_layout(columns, text_column)
+    layout = choose_layout(columns, text_column)
     records: list[Record] = []
     for where, record in located:
-        row = _project(record, layout, text_column)
-        problem = _problem(row, layout)
+        row = project(record, layout, text_column)
+        problem = problem_of(row, layout)
         if problem is not None:
             raise DataError(f"{where}: {problem}")
         records.append(row)
-    return _to_dataset(records, layout)
+    return to_dataset(records, layout)
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -281,7 +269,7 @@ def _load_hub(name: str, split: str, text_column: str | None, subset: str | None
             f"{subset!r}) for split {split!r}: {error}; check the name, subset and split and the "
             "network, or give a local path or 'stdlib', which need no network"
         ) from error
-    layout = _choose_layout(documents.column_names, text_column)
+    layout = choose_layout(documents.column_names, text_column)
     documents = _project_table(documents, layout, text_column)
     documents = documents.filter(_keep, fn_kwargs={"layout": layout, "name": name})
     return _held_out_split(documents, split, name) if divide else documents
@@ -296,84 +284,10 @@ def _project_table(documents: Dataset, layout: DocumentLayout, text_column: str 
 
 
 def _keep(row: Record, layout: DocumentLayout, name: str) -> bool:
-    problem = _problem(row, layout)
+    problem = problem_of(row, layout)
     if problem is not None:
         raise DataError(f"{name}: {problem}")
-    return not _is_empty(row, layout)
-
-
-# --- records --------------------------------------------------------------------------------
-
-
-def _choose_layout(columns: Iterable[str], text_column: str | None) -> DocumentLayout:
-    if text_column is None:
-        return layout_of(columns)
-    if text_column not in columns:
-        raise DataError(f"expected a column {text_column!r}, got {sorted(columns)}; correct text_column")
-    return "text"
-
-
-def _project(record: Record, layout: DocumentLayout, text_column: str | None) -> Record:
-    """Keep a layout's own columns; a column that the record lacks stays out."""
-    if text_column is not None:
-        return {"text": record[text_column]} if text_column in record else {}
-    row = {name: record[name] for name in LAYOUTS[layout] if name in record}
-    return {**row, "input": record.get("input") or ""} if layout == "instruction" else row
-
-
-def _problem(row: Record, layout: DocumentLayout) -> str | None:
-    """Say what is wrong with a row, or None. A null is empty, not wrong; it is filtered later."""
-    for name in LAYOUTS[layout]:
-        if name not in row:
-            return f"expected a column {name!r}, got {sorted(row)}; add it or remove the record"
-    if layout == "messages":
-        return _messages_problem(row["messages"])
-    for name, value in row.items():
-        if value is not None and not isinstance(value, str):
-            return (
-                f"expected text in column {name!r}, got a {type(value).__name__}; convert it to a "
-                "string (conversations belong in a column 'messages')"
-            )
-    return None
-
-
-def _messages_problem(messages: object) -> str | None:
-    if messages is None:
-        return None
-    shape = 'a list of {"role": "…", "content": "…"}'
-    if not isinstance(messages, list):
-        return f"expected {shape} in 'messages', got a {type(messages).__name__}; convert it"
-    for index, message in enumerate(cast("list[Any]", messages)):
-        if not isinstance(message, dict):
-            return f"expected {shape} in 'messages', got a {type(message).__name__} at {index}"
-        fields = cast("dict[str, Any]", message)
-        for key in ("role", "content"):
-            if not isinstance(fields.get(key), str):
-                return (
-                    f"expected text as {key!r} of message {index}, got {fields.get(key)!r}; only "
-                    "text conversations can be used, so convert or remove it"
-                )
-    return None
-
-
-def _is_empty(row: Record, layout: DocumentLayout) -> bool:
-    if layout == "messages":
-        return not row["messages"]
-    answer = row[LAYOUTS[layout][-1]]  # a completion may follow an empty prompt, not the reverse
-    return answer is None or not answer.strip() or any(row[c] is None for c in LAYOUTS[layout])
-
-
-def _to_dataset(records: Iterable[Record], layout: DocumentLayout) -> Dataset:
-    """Build an in-memory table of the records that are not empty."""
-    kept = [dict(record) for record in records if not _is_empty(record, layout)]
-    try:
-        if not kept:
-            return Dataset.from_dict({name: [] for name in LAYOUTS[layout]})
-        return Dataset.from_list(kept)
-    except (ValueError, TypeError) as error:  # pyarrow's errors, and lone surrogates
-        raise DataError(
-            f"expected records with the same valid types, got {error}; make the columns uniform"
-        ) from error
+    return not is_empty(row, layout)
 
 
 def _check_split(split: str, source: str) -> None:

@@ -70,9 +70,9 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: not a model, no weights, weights damaged or only as pickles.
     """
-    path = Path(name_or_path)
-    if path.is_dir() and (path / ADAPTERS).is_file() and not (path / "config.json").is_file():
-        return load_config(_base_of(path), trust_remote_code=trust_remote_code)
+    path, base = Path(name_or_path), adapters_base(name_or_path)
+    if base is not None:
+        return load_config(base, trust_remote_code=trust_remote_code)
     if path.is_dir():
         _check_directory(path)
     elif path.exists():
@@ -84,6 +84,17 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
             f"{name_or_path}: expected a local model directory or a model's name on the Hub; "
             f"{_first_line(error)}"
         ) from None
+
+
+def adapters_base(name_or_path: str) -> str | None:
+    """The model that a directory of adapters alone (recipe `lora-only`) is for; None for anything else.
+
+    Raises:
+        CheckpointError: the description of the adapters is damaged, or their model is gone.
+    """
+    path = Path(name_or_path)
+    alone = (path / ADAPTERS).is_file() and not (path / "config.json").is_file()
+    return _base_of(path) if alone else None
 
 
 def _base_of(path: Path) -> str:
