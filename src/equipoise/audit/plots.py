@@ -1,34 +1,41 @@
-"""The report's two charts, as inline SVG: no display, no global matplotlib state left behind, equal input
-equal text.
+"""The audit's two plots: what each branch state recovers, and who earns what.
 
-Bars are horizontal and the figures narrow, so that they stay readable on a phone and grow downwards with the
-runs. The background is white by design: the page puts them on a white card in dark mode too.
+Bars are horizontal, so that they stay readable on a phone and grow downwards with the runs.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from equipoise.audit.attribution import Reading
+from equipoise.audit.attribution import UNTRAINED, Reading
+from equipoise.pages.plotting import (
+    BOTH,
+    CONTROL,
+    FONT,
+    INK,
+    LINEAR,
+    NEUTRAL,
+    UNTRAINED_COLOUR,
+    WINDOW,
+    as_svg,
+    canvas,
+    printable,
+)
 from equipoise.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from equipoise.audit.report import AuditReport
 
-# Okabe-Ito: told apart with any common colour vision, and by lightness in print.
-BOTH, WINDOW, LINEAR, NEUTRAL, CONTROL = "#1b3a4b", "#0072b2", "#d55e00", "#a0a0a0", "#009e73"
-INK, GRID = "#222222", "#dddddd"
-_WIDTH, _FONT = 5.0, 10.0
-_BAR = 0.165  # inches a bar
-_PAD = 0.30  # inches between runs
-_SHORT = 26
+MANY = 8
+"""From this many runs on, plots leave out the literal reading and the sinks; tables keep them."""
+_WIDTH, _BAR, _PAD = 4.6, 0.165, 0.30  # inches: the figure, a bar, between runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +45,24 @@ class Bar:
     label: str
     colour: str
     literal: bool = False
+    always: bool = True
 
 
 _RECOVERED_BARS: tuple[tuple[str, Bar], ...] = (
     ("both", Bar("both branches", BOTH)),
     ("window_renormalised", Bar("window alone (weight 1)", WINDOW)),
-    ("window", Bar("window, literal (linear zeroed)", WINDOW, literal=True)),
+    ("window", Bar("window, literal", WINDOW, literal=True, always=False)),
     ("linear_renormalised", Bar("linear alone (weight 1)", LINEAR)),
-    ("linear", Bar("linear, literal (window zeroed)", LINEAR, literal=True)),
-    ("sinks", Bar("first 8 tokens only", NEUTRAL)),
+    ("linear", Bar("linear, literal", LINEAR, literal=True, always=False)),
+    ("sinks", Bar("first 8 tokens only", NEUTRAL, always=False)),
 )
 _SHAPLEY_BARS: tuple[tuple[Reading, str, Bar], ...] = (
     ("renormalised", "window", Bar("window, renormalised", WINDOW)),
     ("renormalised", "linear", Bar("linear, renormalised", LINEAR)),
     ("renormalised", "interaction", Bar("interaction, renormalised", NEUTRAL)),
-    ("literal", "window", Bar("window, literal", WINDOW, literal=True)),
-    ("literal", "linear", Bar("linear, literal", LINEAR, literal=True)),
-    ("literal", "interaction", Bar("interaction, literal", NEUTRAL, literal=True)),
+    ("literal", "window", Bar("window, literal", WINDOW, literal=True, always=False)),
+    ("literal", "linear", Bar("linear, literal", LINEAR, literal=True, always=False)),
+    ("literal", "interaction", Bar("interaction, literal", NEUTRAL, literal=True, always=False)),
 )
 
 
@@ -63,39 +71,78 @@ def recovered_chart(report: AuditReport, labels: Sequence[str]) -> str:
 
     `labels` are the runs' names, in the report's order.
     """
-    rows = [[run.recovered[state] for state, _ in _RECOVERED_BARS] for run in report.runs]
-    controls = [None if run.control is None else run.control.recovered for run in report.runs]
-    figure, axes, inches = _canvas(len(rows), bars=len(_RECOVERED_BARS))
+    kinds = [(state, bar) for state, bar in _RECOVERED_BARS if bar.always or len(labels) < MANY]
+    rows = [[run.recovered[state] for state, _ in kinds] for run in report.runs]
+    bars = [bar for _, bar in kinds]
+    figure, axes, inches = _canvas(len(rows), bars=len(bars))
     # Beyond these, bars are cut and labelled: a diverged branch must not squeeze the scale that matters.
     limits = _limits(rows, lowest=-0.6, highest=1.5, at_least=1.12)
-    bars = [bar for _, bar in _RECOVERED_BARS]
     _draw_groups(axes, rows, bars, labels, inches=inches, limits=limits)
-    for index, control in enumerate(controls):
-        if control is not None and control.defined:
-            top = index * inches - _BAR / 2
-            axes.plot([control.value] * 2, [top, top + len(bars) * _BAR], color=CONTROL, linewidth=1.8)
+    marks = [*_mark_controls(axes, report, bars=len(bars), inches=inches)]
+    marks += _mark_untrained(axes, report, row=_position(kinds, "linear_renormalised"), inches=inches)
     axes.axvline(1, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_xlabel("recovered: 0 = no attention, 1 = donor (dashed)", fontsize=_FONT)
-    order = [bars[index] for index in (0, 1, 2, 5, 3, 4)]  # the legend fills by column
-    _legend(figure, order, control=any(control is not None for control in controls))
-    return _svg(figure, salt="recovered")
+    axes.set_xlabel("recovered: 0 = no attention, 1 = donor (dashed)", fontsize=FONT)
+    _legend(figure, bars, marks)
+    return as_svg(figure, salt="recovered")
 
 
 def attribution_chart(report: AuditReport, labels: Sequence[str]) -> str:
     """Shapley value of each branch and their interaction, in nats per token, in both readings."""
+    kinds = [part for part in _SHAPLEY_BARS if part[2].always or len(labels) < MANY]
     rows: list[list[Estimate]] = [
-        [getattr(run.attribution[reading], part) for reading, part, _ in _SHAPLEY_BARS] for run in report.runs
+        [getattr(run.attribution[reading], part) for reading, part, _ in kinds] for run in report.runs
     ]
     # What the hybrids have to share out sets the scale; the parts can exceed it where a branch does harm.
     shared = [run.attribution["literal"] for run in report.runs]
     scale = max(0.1, *(parts.window.value + parts.linear.value for parts in shared))
-    figure, axes, inches = _canvas(len(rows), bars=len(_SHAPLEY_BARS))
-    bars = [bar for _, _, bar in _SHAPLEY_BARS]
+    bars = [bar for _, _, bar in kinds]
+    figure, axes, inches = _canvas(len(rows), bars=len(bars))
     limits = _limits(rows, lowest=-0.8 * scale, highest=1.5 * scale, at_least=0.1 * scale)
     _draw_groups(axes, rows, bars, labels, inches=inches, limits=limits)
-    axes.set_xlabel("Shapley value, nats per token (right = helps)", fontsize=_FONT)
-    _legend(figure, bars, control=False)
-    return _svg(figure, salt="attribution")
+    axes.set_xlabel("Shapley value, nats per token (right = helps)", fontsize=FONT)
+    _legend(figure, bars, [])
+    return as_svg(figure, salt="attribution")
+
+
+def _position(kinds: Sequence[tuple[str, Bar]], state: str) -> int:
+    return [name for name, _ in kinds].index(state)
+
+
+def _mark_controls(axes: Axes, report: AuditReport, *, bars: int, inches: float) -> list[Line2D]:
+    """A line across each run's bars where its control stands."""
+    style: dict[str, Any] = {"color": CONTROL, "linewidth": 1.8}
+    known = {
+        index: run.control.recovered.value
+        for index, run in enumerate(report.runs)
+        if run.control is not None and run.control.recovered.defined
+    }
+    for index, value in known.items():
+        top = index * inches - _BAR / 2
+        axes.plot([value] * 2, [top, top + bars * _BAR], **style)
+    return _in_legend("SWA + sinks at equal bytes", style) if known else []
+
+
+def _mark_untrained(axes: Axes, report: AuditReport, *, row: int, inches: float) -> list[Line2D]:
+    """A diamond on the linear branch's bar where it stood before its maps were trained."""
+    style: dict[str, Any] = {
+        "color": UNTRAINED_COLOUR, "linestyle": "none", "marker": "D", "markersize": 4.5,
+        "markeredgecolor": INK, "markeredgewidth": 0.6,
+    }  # fmt: skip
+    low, high = axes.get_xlim()
+    known = {
+        index: run.recovered[UNTRAINED].value
+        for index, run in enumerate(report.runs)
+        if UNTRAINED in run.recovered and low <= run.recovered[UNTRAINED].value <= high
+    }
+    for index, value in known.items():
+        axes.plot([value], [index * inches + row * _BAR], **style)
+    return _in_legend("linear with untrained maps", style) if known else []
+
+
+def _in_legend(label: str, style: dict[str, Any]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], label=label, **style)]
 
 
 def _limits(
@@ -131,23 +178,16 @@ def _canvas(runs: int, *, bars: int) -> tuple[Figure, Axes, float]:
 
     y is in inches from the top, so bars are equally thick however many runs there are.
     """
-    from matplotlib.figure import Figure
-
     inches = bars * _BAR + _PAD
-    height = runs * inches
-    below, above = 0.62, 0.95
-    figure = Figure(figsize=(_WIDTH, height + below + above), facecolor="white")
+    height, below, above = runs * inches, 0.5, 0.2 * math.ceil((bars + 2) / 2) + 0.1
     total = height + below + above
-    axes = figure.add_axes((0.03, below / total, 0.94, height / total))
-    axes.set_facecolor("white")
+    figure, axes = canvas(total, width=_WIDTH)
+    figure.set_layout_engine("none")
+    axes.set_position((0.03, below / total, 0.94, height / total))
     axes.set_ylim(height - _PAD / 2 + 0.05, -_PAD)
-    axes.grid(axis="x", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="x", labelsize=_FONT, colors=INK, length=0)
+    axes.grid(visible=False, axis="y")
     axes.set_yticks([])
-    for side in ("top", "left", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
+    axes.spines["left"].set_visible(False)
     return figure, axes, inches
 
 
@@ -180,10 +220,10 @@ def _paint(bar: Bar) -> dict[str, Any]:
 def _name(axes: Axes, top: float, label: str) -> None:
     """The run's name above its bars, inside the axes: names need no margin that would squeeze the bars."""
     axes.annotate(
-        _plain(label),
+        printable(label),
         xy=(0, top - _BAR * 0.5 - 0.03),
         xycoords=("axes fraction", "data"),
-        fontsize=_FONT,
+        fontsize=FONT,
         fontweight="bold",
         color=INK,
         va="bottom",
@@ -192,39 +232,19 @@ def _name(axes: Axes, top: float, label: str) -> None:
     )
 
 
-def _legend(figure: Figure, bars: Sequence[Bar], *, control: bool) -> None:
-    from matplotlib.lines import Line2D
+def _legend(figure: Figure, bars: Sequence[Bar], marks: Sequence[Line2D]) -> None:
+    """Above the plot, in two columns: what is always there on the left."""
     from matplotlib.patches import Patch
 
-    handles: list[Patch | Line2D] = [Patch(label=bar.label, **_paint(bar)) for bar in bars]
-    if control:
-        handles.append(Line2D([], [], color=CONTROL, linewidth=2, label="SWA + sinks at equal bytes"))
+    order = [*(bar for bar in bars if bar.always), *(bar for bar in bars if not bar.always)]
     figure.legend(
-        handles=handles,
+        handles=[*(Patch(label=bar.label, **_paint(bar)) for bar in order), *marks],
         loc="upper left",
         bbox_to_anchor=(0.02, 1.0),
         ncols=2,
-        fontsize=_FONT - 1.2,
+        fontsize=FONT - 1.2,
         frameon=False,
         labelcolor=INK,
         handlelength=1.6,
         labelspacing=0.35,
     )
-
-
-def _plain(label: str) -> str:
-    """A label the bundled font can draw: anything outside printable ASCII becomes a question mark."""
-    text = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in label)
-    return text if len(text) <= _SHORT else text[: _SHORT - 3] + "..."
-
-
-def _svg(figure: Figure, *, salt: str) -> str:
-    """The figure as an `<svg>` element: no prolog, no metadata, and the same ids for the same input."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": f"equipoise-{salt}", "hatch.linewidth": 0.8}):
-        FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]

@@ -13,8 +13,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,10 +26,12 @@ from equipoise.audit.attribution import (
     check_states,
     recovered,
 )
-from equipoise.audit.render import console_table, render_html, render_markdown
+from equipoise.audit.documents import document_sums, on_one_line
+from equipoise.audit.page import audit_page
+from equipoise.audit.render import console_table
 from equipoise.audit.schema import SCHEMA_VERSION, Json, audit_schema, validate_audit
 from equipoise.audit.verdict import Thresholds, Verdict, gather, judge
-from equipoise.models.storage import write_atomically
+from equipoise.pages import installed_version, write_results
 from equipoise.statistics import INTERVAL, Draws, Estimate, ScoreTable, bootstrap, difference, score
 
 __all__ = [
@@ -57,13 +57,6 @@ __all__ = [
 CONTROL = "swa_sinks_equal_bytes"
 
 
-def _installed_version() -> str:
-    try:
-        return metadata.version("equipoise")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """What was measured, on what.
@@ -73,6 +66,8 @@ class Metric:
         context_length: tokens of context at most.
         bootstrap_resamples: resamples behind every interval.
         data: the text, in words: name, split, revision.
+        text_sha256: of the scored tokens (`equipoise.audit.documents.text_fingerprint`), where known: audits
+            of the same text can be merged.
     """
 
     documents: int
@@ -82,9 +77,13 @@ class Metric:
     data: str
     name: str = "nll"
     unit: str = "nats/token"
+    text_sha256: str | None = None
 
     @classmethod
-    def of(cls, table: ScoreTable, *, context_length: int, data: str, resamples: int = 2000) -> Metric:
+    def of(
+        cls, table: ScoreTable, *, context_length: int, data: str, resamples: int = 2000,
+        text_sha256: str | None = None,
+    ) -> Metric:  # fmt: skip
         """The metric of a score table."""
         return cls(
             name=table.metric,
@@ -94,6 +93,7 @@ class Metric:
             context_length=context_length,
             bootstrap_resamples=resamples,
             data=data,
+            text_sha256=text_sha256,
         )
 
 
@@ -138,6 +138,29 @@ class Control:
     difference: Estimate
 
 
+REFERENCE = "reference:"
+"""What the states of references are called in a score table, before their names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A softmax model on the same text: the donor after the same LoRA (recipe `lora-only`), say.
+
+    Attributes:
+        name: of its recipe.
+        train_tokens: what it was trained on.
+        nll: in nats per token.
+        recovered: on the run's scale.
+        difference: v(both) - v(reference), paired by document, positive where the hybrid is better.
+    """
+
+    name: str
+    train_tokens: int
+    nll: Estimate
+    recovered: Estimate
+    difference: Estimate
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
     """Layer numbers by what they run: `converted` hybrids, `local` layers left alone, full `softmax`."""
@@ -168,7 +191,10 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunAudit:
-    """One converted model: likelihood and recovered performance per branch state, attribution, verdict."""
+    """One converted model: likelihood and recovered performance per branch state, attribution, verdict.
+
+    `scores`, where given, are the per-document sums behind it all; `equipoise compare` needs them.
+    """
 
     recipe: str
     seed: int
@@ -178,6 +204,8 @@ class RunAudit:
     verdict: Verdict
     facts: RunFacts
     control: Control | None = None
+    references: Sequence[Reference] = ()
+    scores: ScoreTable | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +216,7 @@ class AuditReport:
     metric: Metric
     runs: Sequence[RunAudit]
     thresholds: Thresholds = field(default_factory=Thresholds)
-    equipoise_version: str = field(default_factory=_installed_version)
+    equipoise_version: str = field(default_factory=installed_version)
 
 
 def audit_run(
@@ -202,6 +230,7 @@ def audit_run(
     control: ControlSetting | None = None,
     benefit_difference: Estimate | None = None,
     benefit_reason: str | None = None,
+    references: Mapping[str, int] | None = None,
     thresholds: Thresholds | None = None,
     resamples: int = 2000,
     bootstrap_seed: int = 0,
@@ -216,6 +245,8 @@ def audit_run(
         control: the equal-bytes control, where its state is in the table.
         benefit_difference: paired difference from the control on items beyond both reaches, positive where
             the hybrid is better; None, with a `benefit_reason`, where none was measured.
+        references: training tokens of softmax models to compare with, by name; their sums are in the table
+            under `REFERENCE` and that name.
         thresholds: None for the defaults.
         resamples, bootstrap_seed: of the bootstrap.
 
@@ -229,7 +260,7 @@ def audit_run(
         )
     check_states(table)
     draws = bootstrap(table, resamples=resamples, seed=bootstrap_seed)
-    states = [state for state in table.sums if state != DONOR]
+    states = [state for state in table.sums if state != DONOR and not state.startswith(REFERENCE)]
     verdict = judge(
         gather(draws, control=None if control is None else control.state),
         has_window=has_window,
@@ -247,6 +278,10 @@ def audit_run(
         verdict=verdict,
         facts=facts,
         control=None if control is None else _measure_control(draws, control),
+        references=tuple(
+            _measure_reference(draws, name, tokens) for name, tokens in (references or {}).items()
+        ),
+        scores=table,
     )
 
 
@@ -275,26 +310,14 @@ def to_dict(report: AuditReport) -> Json:
 
 def to_json(report: AuditReport) -> str:
     """`audit.json`'s text: indented, UTF-8, no NaN."""
-    return json.dumps(to_dict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return on_one_line(json.dumps(to_dict(report), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def write_audit(report: AuditReport, directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Write `audit.json`, `audit.md` and `audit.html` into `directory`, creating it; returns their paths by
-    suffix.
-
-    All three are rendered before the first is written, and each replaces its predecessor atomically.
-    """
-    texts = {"json": to_json(report), "md": render_markdown(report), "html": render_html(report)}
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {suffix: folder / f"audit.{suffix}" for suffix in texts}
-    for suffix, text in texts.items():
-        write_atomically(paths[suffix], partial(_write_text, text=text))
-    return paths
-
-
-def _write_text(path: Path, *, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    suffix."""
+    text = to_json(report)  # refuses a report that says nothing, before it is drawn
+    return write_results(directory, "audit", audit_page(report), text)
 
 
 def _measure_control(draws: Draws, setting: ControlSetting) -> Control:
@@ -303,6 +326,17 @@ def _measure_control(draws: Draws, setting: ControlSetting) -> Control:
         nll=-score(draws, setting.state),
         recovered=recovered(draws, setting.state),
         difference=difference(draws, "both", setting.state),
+    )
+
+
+def _measure_reference(draws: Draws, name: str, train_tokens: int) -> Reference:
+    state = REFERENCE + name
+    return Reference(
+        name=name,
+        train_tokens=train_tokens,
+        nll=-score(draws, state),
+        recovered=recovered(draws, state),
+        difference=difference(draws, "both", state),
     )
 
 
@@ -319,11 +353,13 @@ def _run_dict(run: RunAudit) -> Json:
         },
         "verdict": _plain(run.verdict),
         "control": None if run.control is None else _control_dict(run.control, name),
+        "references": [_reference_dict(reference) for reference in run.references],
         "state_bytes": run.facts.state_bytes,
         "reach": run.facts.reach,
         "train_tokens": run.facts.train_tokens,
         "train_seconds": run.facts.train_seconds,
         "layers": {kind: list(layers) for kind, layers in _plain(run.facts.layers).items()},
+        **({} if run.scores is None else {"documents": document_sums(run.scores)}),
     }
 
 
@@ -335,6 +371,16 @@ def _control_dict(control: Control, name: str) -> Json:
         **_measured(control.nll, f"the control of {name}"),
         "recovered": _derived(control.recovered),
         "difference": _derived(control.difference),
+    }
+
+
+def _reference_dict(reference: Reference) -> Json:
+    return {
+        "name": reference.name,
+        "train_tokens": reference.train_tokens,
+        **_measured(reference.nll, f"the reference {reference.name}"),
+        "recovered": _derived(reference.recovered),
+        "difference": _derived(reference.difference),
     }
 
 

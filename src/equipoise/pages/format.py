@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
+from equipoise.pages.content import UNDEFINED
 from equipoise.statistics import Estimate
-
-UNDEFINED = "–"
 
 
 def percent(value: Estimate | float, *, interval: bool = True) -> str:

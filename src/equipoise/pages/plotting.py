@@ -1,6 +1,8 @@
 """matplotlib for pages: no display, no global state left behind, equal input gives equal text.
 
-The background is white by design; pages put plots on a white card in dark mode too.
+The background is white by design. In dark mode a page turns every colour's lightness around and keeps its
+hue, which needs nothing from a plot: text stays as legible as it was, so captions should name hues (blue,
+orange), not shades (dark, light).
 """
 
 from __future__ import annotations

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from importlib import metadata
+from functools import lru_cache, partial
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from equipoise.models.storage import write_atomically
-from equipoise.pages.content import Figure, Page, Table, Text
+from equipoise.pages.content import Cards, Figure, Figures, Page, Table, Terms, Text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from markupsafe import Markup
+
+KINDS = {"figure": Figure, "figures": Figures, "table": Table, "text": Text, "terms": Terms, "cards": Cards}
+"""What the templates call the kinds of section."""
 
 
 def installed_version() -> str:
@@ -30,18 +36,23 @@ def installed_version() -> str:
 
 
 def render_html(page: Page) -> str:
-    """One self-contained file: no request to the network, light and dark, tables that sort."""
-    return _environment().get_template("page.html.j2").render(page=page, version=installed_version())
+    """One self-contained file: light and dark, tables that sort.
+
+    Its content security policy allows no request and no script but its own, so that a report can be opened
+    wherever it comes from.
+    """
+    script = _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _render("page.html.j2", page, script=script, digest=digest, stylesheet=_asset("style.css"))
 
 
 def render_markdown(page: Page) -> str:
     """The same without plots."""
-    text = _environment().get_template("page.md.j2").render(page=page, version=installed_version())
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", _render("page.md.j2", page)).rstrip() + "\n"
 
 
 def write_results(
-    directory: str | os.PathLike[str], name: str, page: Page, data: Mapping[str, Any]
+    directory: str | os.PathLike[str], name: str, page: Page, data: Mapping[str, Any] | str
 ) -> dict[str, Path]:
     """Write `NAME.json`, `NAME.md` and `NAME.html` into `directory`, creating it.
 
@@ -51,14 +62,14 @@ def write_results(
         directory: where.
         name: of the files, without suffix.
         page: for people.
-        data: for machines; NaN and infinities become null.
+        data: for machines; NaN and infinities become null. A string is the file's text as it is.
 
     Returns:
         The paths by suffix.
     """
     shown = replace(page, data_file=f"{name}.json")
     texts = {
-        "json": json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "json": data if isinstance(data, str) else to_json(data),
         "md": render_markdown(shown),
         "html": render_html(shown),
     }
@@ -70,8 +81,15 @@ def write_results(
     return paths
 
 
+def to_json(data: Mapping[str, Any]) -> str:
+    """Indented UTF-8 text; NaN and infinities become null."""
+    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def finite(value: Any) -> Any:
-    """JSON data with NaN and infinities as null."""
+    """JSON data with NaN and infinities as null, and numpy's figures as Python's."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -85,9 +103,21 @@ def _write_text(path: Path, *, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
+def _asset(name: str) -> str:
+    templates = resources.files("equipoise.pages").joinpath("templates")
+    return templates.joinpath(name).read_text(encoding="utf-8")
+
+
+def _render(template: str, page: Page, **values: str) -> str:
+    return _environment().get_template(template).render(page=page, version=installed_version(), **values)
+
+
+@lru_cache(maxsize=1)
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
+
+    from equipoise.pages import markup
 
     environment = Environment(
         loader=PackageLoader("equipoise.pages", "templates"),
@@ -97,34 +127,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["md"] = markdown_text
-    environment.filters["code"] = code_spans
-    environment.filters["drawing"] = Markup  # matplotlib escapes what it draws
-    environment.tests["figure"] = partial(_is_a, Figure)
-    environment.tests["table"] = partial(_is_a, Table)
-    environment.tests["text"] = partial(_is_a, Text)
+    environment.filters["md"] = markup.markdown_text
+    environment.filters["html"] = markup.html_text
+    environment.filters["ours"] = Markup  # the style sheet, the script, and plots: matplotlib escapes
+    for name, kind in KINDS.items():
+        environment.tests[name] = partial(_is_a, kind)
     return environment
 
 
 def _is_a(kind: type, value: object) -> bool:
     return isinstance(value, kind)
-
-
-def markdown_text(value: object) -> Markup:
-    """Text that Markdown shows as it is, but for `code`: one line, no cell borders, no links, no markup.
-
-    Marked safe, so that autoescape does not turn apostrophes into entities.
-    """
-    from markupsafe import Markup
-
-    text = " ".join(str(value).split())
-    for letter in "\\*_|<>#":
-        text = text.replace(letter, f"\\{letter}")
-    return Markup(text.replace("](", "]\\(").replace("&", "&amp;"))
-
-
-def code_spans(value: object) -> Markup:
-    """Escaped text with `backticks` turned into code elements."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(value))))

@@ -1,22 +1,39 @@
-for (const table of document.querySelectorAll("table.sorts")) {
+// Tables sort by the heading that is pressed: up, down, as they came. What has no figure stays last.
+for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
+  const original = [...body.rows];
+
+  const key = (row, column) => {
+    const cell = row.cells[column];
+    if ("value" in cell.dataset) return Number(cell.dataset.value);
+    return "missing" in cell.dataset ? null : cell.textContent.trim();
+  };
+  const rank = (value) => (value === null ? 2 : typeof value === "string" ? 1 : 0);
+  const compare = (column, sign) => (one, two) => {
+    const [a, b] = [key(one, column), key(two, column)];
+    if (rank(a) !== rank(b)) return rank(a) - rank(b);
+    if (a === null) return 0;
+    return sign * (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
+  };
+  const next = { none: "ascending", ascending: "descending", descending: "none" };
+
   heads.forEach((head, column) => {
     head.querySelector("button").addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending";
-      heads.forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const key = (row) => {
-        const cell = row.cells[column];
-        return cell.dataset.value === undefined ? cell.textContent.trim() : Number(cell.dataset.value);
-      };
-      const order = (one, two) => {
-        const [a, b] = [key(one), key(two)];
-        if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1; // what has no figure goes last
-        const sign = up ? 1 : -1;
-        return sign * (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
-      };
-      body.append(...[...body.rows].sort(order));
+      const order = next[head.getAttribute("aria-sort")];
+      heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+      head.setAttribute("aria-sort", order);
+      const rows = [...original];
+      if (order !== "none") rows.sort(compare(column, order === "ascending" ? 1 : -1));
+      body.append(...rows);
     });
   });
 }
+
+// On paper nothing can be opened.
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open])")];
+  opened.forEach((part) => (part.open = true));
+});
+addEventListener("afterprint", () => opened.forEach((part) => (part.open = false)));
