@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from equipoise.pages import Tone, percent
+from equipoise.pages import UNDEFINED, Tone, percent
 from equipoise.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def console_table(report: AuditReport) -> Table:
             *(percent(value, interval=False) for value in headline(run)),
         ]
         table.add_row(Text(label), *cells, Text("\n").join([verdict, Text(benefit, style="dim")]))
+    for reference in report.runs[0].references:
+        shares = [percent(reference.recovered, interval=False), UNDEFINED, UNDEFINED, UNDEFINED]
+        table.add_row(Text(reference.name), f"{reference.nll.value:.3f}", *shares, Text("stays softmax"))
     table.caption = (
         "Recovered: 0% no attention, 100% donor. Alone: at weight 1 (renormalised).\n"
         f"Donor NLL {report.donor.nll.value:.3f}; {report.metric.documents} documents, "
