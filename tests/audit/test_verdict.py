@@ -77,6 +77,11 @@ USED_BUT_DEAD = evidence(both=0.85, s0=0.60, s1=0.62, l0=0.0, l1=0.01)
         (evidence(both=0.93, s0=0.925, s1=0.95, l0=0.1, l1=0.6), "imbalanced"),  # able but not used
         (evidence(both=0.95, s0=0.8, s1=0.948, l0=0.8, l1=0.947), "redundant"),
         (evidence(both=0.01, s0=0.0, s1=0.01, l0=0.0, l1=-0.2), "inconclusive"),  # nothing works
+        # collapse the other way round: the linear branch alone is as good as both, the window is dead
+        (evidence(both=0.95, s0=0.0, s1=0.01, l0=0.95, l1=0.955), "linear_only"),
+        (evidence(both=0.95, s0=0.0, s1=0.01, l0=0.7, l1=0.95, untrained=0.9), "linear_only"),
+        (evidence(both=0.95, s0=0.0, s1=0.12, l0=0.95, l1=0.95), "imbalanced"),  # alive, if only just
+        (evidence(both=0.95, s0=0.0, s1=0.01, l0=0.5, l1=0.60), "imbalanced"),  # dead alone, but used
     ],
 )
 def test_patterns(of: Evidence, use: str) -> None:
@@ -94,6 +99,21 @@ def test_used_but_dead_is_told_to_drop_windows_in_training() -> None:
     got = verdict(USED_BUT_DEAD)
     assert "used but cannot stand alone" in got.reason
     assert "window dropout" in got.advice
+
+
+def test_a_dead_window_is_told_apart_from_none() -> None:
+    dead = verdict(evidence(both=0.95, s0=0.0, s1=0.01, l0=0.95, l1=0.955))
+    assert "The linear branch does the work" in dead.reason
+    assert "hybrid.window=null" in dead.advice
+    absent = verdict(COLLAPSED, has_window=False)
+    assert "no window branch" in absent.reason
+    assert "hybrid.window=null" not in absent.advice
+
+
+def test_a_window_that_may_be_dead_leaves_it_open() -> None:
+    got = verdict(evidence(both=0.95, s0=0.0, s1=0.045, l0=0.95, l1=0.955, half=0.01))
+    assert got.use == "inconclusive"
+    assert "whether the window alone recovers anything" in got.reason
 
 
 def test_collapse_gets_a_recipe() -> None:

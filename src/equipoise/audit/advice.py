@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Imbalance = Literal[
-    "neither_stands", "linear_used", "linear_weak", "window_weak", "linear_idle", "window_idle"
+    "neither_stands", "linear_used", "linear_weak", "window_weak", "linear_idle", "window_idle", "window_dead"
 ]
 
 
@@ -20,7 +20,8 @@ class Situation:
 
     Attributes:
         use, benefit: the verdict's two words.
-        imbalance: the kind of imbalance, where `use` is `imbalanced`.
+        imbalance: the kind of imbalance, where `use` is `imbalanced`; `window_dead` where it is `linear_only`
+            although there is a window.
         window_lead: recovered(window alone) - recovered(both) where that is clearly positive, otherwise None.
         control_is_better: an untrained window with sinks at equal bytes scores better on the same text.
     """
@@ -93,6 +94,10 @@ _BY_IMBALANCE: dict[Imbalance, str] = {
     "window_idle": (
         "Give the window more weight (`hybrid.gate_value=0.9`, or learned by `hybrid.gate=per_head`), so "
         "that it counts as well."
+    ),
+    "window_dead": (
+        "Drop the window (`hybrid.window=null`), whose bytes buy nothing on this text, or give it something "
+        "to see: a wider `hybrid.window`, or `hybrid.sinks=4`."
     ),
 }
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from equipoise.audit.attribution import DONOR, UNTRAINED
-from equipoise.audit.report import CONTROL, ControlSetting, Layers, RunAudit, RunFacts, audit_run
+from equipoise.audit.report import (
+    CONTROL,
+    REFERENCE,
+    ControlSetting,
+    Layers,
+    RunAudit,
+    RunFacts,
+    audit_run,
+)
 from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_batches
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode
@@ -25,7 +33,7 @@ from equipoise.models.branches import branches, converted_mixers
 from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
 from equipoise.models.storage import CheckpointError
 from equipoise.ops.types import Reading
-from equipoise.statistics import Estimate, ScoreTable
+from equipoise.statistics import Estimate, ScoreTable, bootstrap, difference
 
 STATES: Mapping[str, tuple[str, Reading]] = {
     DONOR: ("softmax", "literal"),
@@ -149,6 +157,21 @@ class RunNote:
             ) from None
 
 
+@dataclass(frozen=True)
+class SoftmaxReference:
+    """A softmax model that was scored on the audit's windows.
+
+    Attributes:
+        name: of its recipe.
+        train_tokens: what it was trained on.
+        scores: on the same windows.
+    """
+
+    name: str
+    train_tokens: int
+    scores: DocumentScores
+
+
 def audit_model(
     model: PreTrainedModel,
     windows: Sequence[EvaluationWindow],
@@ -158,6 +181,7 @@ def audit_model(
     resamples: int = 2000,
     seed: int = 0,
     donor: DocumentScores | None = None,
+    references: Sequence[SoftmaxReference] = (),
     tick: Tick = lambda: None,
 ) -> tuple[RunAudit, ScoreTable, DocumentScores]:
     """Score a converted model in every branch state and against its control, and judge it.
@@ -169,6 +193,7 @@ def audit_model(
         batch_size: windows at a time.
         resamples, seed: of the bootstrap over documents.
         donor: the donor's scores on the same windows, where they are known already.
+        references: softmax models scored on the same windows, to compare with.
         tick: called after each batch.
 
     Returns:
@@ -199,11 +224,13 @@ def audit_model(
     benefit: Estimate | None = None
     if reason is None:
         benefit, reason = _benefit(scores["both"], scores[CONTROL], resamples, seed)
+    scores |= {REFERENCE + reference.name: reference.scores for reference in references}
     table = ScoreTable.from_nll({name: s.nll for name, s in scores.items()}, scores["both"].tokens)
     audit = audit_run(
         table, recipe=note.recipe, seed=note.seed, has_window=config.window is not None,
         has_linear=config.feature_map is not None, facts=_facts(model, note), control=setting,
         benefit_difference=benefit, benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
+        references={reference.name: reference.train_tokens for reference in references},
     )  # fmt: skip
     return audit, table, scores[DONOR]
 
@@ -261,8 +288,6 @@ def _benefit(
     kept = hybrid.far_tokens > 0
     if kept.sum() < 2:
         return None, "fewer than two documents have tokens beyond both reaches"
-    gain, tokens = (control.far_nll - hybrid.far_nll)[kept], hybrid.far_tokens[kept]
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(gain), np.full(len(gain), 1 / len(gain)), size=resamples)
-    low, high = np.quantile(drawn @ gain / (drawn @ tokens), [0.025, 0.975])
-    return Estimate(float(gain.sum() / tokens.sum()), (float(low), float(high))), None
+    sums = {"both": -hybrid.far_nll[kept], CONTROL: -control.far_nll[kept]}
+    table = ScoreTable(metric="nll", unit="nats/token", sums=sums, weights=hybrid.far_tokens[kept])
+    return difference(bootstrap(table, resamples=resamples, seed=seed), "both", CONTROL), None

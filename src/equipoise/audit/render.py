@@ -22,7 +22,7 @@ _USE_IN_WORDS = {
     "imbalanced": "the branches are out of balance",
     "collapsed": "the window does all the work and the linear branch is dead weight",
     "window_only": "there is only a window",
-    "linear_only": "there is only a linear branch",
+    "linear_only": "only the linear branch does any work",
     "inconclusive": "the evidence does not settle which branch does the work",
 }
 _BENEFIT_IN_WORDS = {
@@ -92,6 +92,8 @@ def verdict_words(run: RunAudit) -> tuple[tuple[str, Tone], tuple[str, Tone]]:
 def headline(run: RunAudit) -> list[Estimate]:
     """Recovered by both, window alone, linear alone; linear share. Undefined for an absent branch."""
     lacks = _LACKS.get(run.verdict.use)
+    if lacks == "window" and run.recovered["window_renormalised"].value != 0:
+        lacks = None  # a window that is there and does nothing has figures of its own
     nothing = Estimate(math.nan, (math.nan, math.nan))
     return [
         run.recovered["both"],

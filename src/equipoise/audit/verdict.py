@@ -17,8 +17,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from equipoise.audit import advice
-from equipoise.audit.attribution import UNTRAINED, recovered, recovered_difference
-from equipoise.statistics import Draws, Estimate
+from equipoise.audit.evidence import Evidence, Thresholds, gather
+from equipoise.statistics import Estimate
+
+__all__ = [
+    "Answer",
+    "Benefit",
+    "Evidence",
+    "Finding",
+    "Imbalance",
+    "Thresholds",
+    "Use",
+    "Verdict",
+    "decide_benefit",
+    "decide_use",
+    "exceeds",
+    "gather",
+    "judge",
+]
 
 Use = Literal[
     "window_only", "collapsed", "linear_only", "imbalanced", "redundant", "balanced", "inconclusive"
@@ -26,78 +42,6 @@ Use = Literal[
 Benefit = Literal["beneficial", "not_beneficial", "untested", "inconclusive"]
 Answer = Literal["yes", "no", "unclear"]
 Imbalance = advice.Imbalance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """Where the verdicts change; shares of the recovered scale unless stated otherwise.
-
-    Attributes:
-        window_tolerance: two states closer than this do equally well. The collapsed hybrids that arXiv
-            2510.05901 measures lose nothing without their linear branch (Mistral-7B, Llama-3.1-8B; but
-            Llama-3-8B loses 0.04 of this scale), those in miniatures at most 0.004; a branch that is used
-            adds several points.
-        dead_linear: a linear branch that recovers no more than this alone is no better than no attention;
-            nor has one learned anything that recovers no more than this above its own untrained maps.
-        stands_alone: a branch that recovers at least this much alone can do the work. Not a natural constant:
-            it lies below what the linear branch of Mistral-7B recovers alone after one epoch of `weights`
-            transfer (0.37) and far above the same after `hybrid-output` (0.03; both from arXiv 2510.05901,
-            above no attention).
-        far: a straddled threshold is decided by the point estimate only if that lies at least this many times
-            the threshold away from it; at 1 that means at or below zero, or at or above twice the threshold.
-        lean: ... and only if the threshold cuts off no more than the outer part of the interval: the distance
-            from value to threshold is at least this share of the distance from value to bound. 0.5 is about
-            one standard error.
-        benefit_margin: an advantage over the control smaller than this, in the metric's unit, is not worth
-            the work.
-    """
-
-    window_tolerance: float = 0.015
-    dead_linear: float = 0.05
-    stands_alone: float = 0.33
-    far: float = 1.0
-    lean: float = 0.5
-    benefit_margin: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 < self.window_tolerance <= self.dead_linear < self.stands_alone < 1:
-            raise ValueError(
-                "expected 0 < window_tolerance <= dead_linear < stands_alone < 1, got "
-                f"{self.window_tolerance}, {self.dead_linear}, {self.stands_alone}; order them"
-            )
-        if min(self.far, self.lean, self.benefit_margin) < 0:
-            raise ValueError(
-                "expected far, lean and benefit_margin to be zero or positive, got "
-                f"{self.far}, {self.lean}, {self.benefit_margin}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What the use-verdict is decided on: shares of the recovered scale, differences paired by document.
-
-    Attributes:
-        both: the hybrid.
-        window_alone, linear_alone: one branch at weight 1 (renormalised).
-        linear_adds: both - window_alone; negative where the window alone is better than the hybrid.
-        window_adds: both - linear_alone.
-        linear_removed: both - window (literal): what the hybrid loses without its linear term.
-        window_removed: both - linear (literal).
-        linear_live: what the linear branch alone recovers beyond no attention, or beyond the same branch with
-            untrained maps where those were scored and recover anything (docs/adr/0006).
-        control_adds: the hybrid minus the untrained window with sinks at equal state bytes, on the same text,
-            if it was measured. It flavours the advice; benefit is decided beyond both reaches only.
-    """
-
-    both: Estimate
-    window_alone: Estimate
-    linear_alone: Estimate
-    linear_adds: Estimate
-    window_adds: Estimate
-    linear_removed: Estimate
-    window_removed: Estimate
-    linear_live: Estimate
-    control_adds: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,24 +68,6 @@ class Finding:
     def __invert__(self) -> Finding:
         flipped: dict[Answer, Answer] = {"yes": "no", "no": "yes", "unclear": "unclear"}
         return Finding(self.claim, flipped[self.answer], self.by_point)
-
-
-def gather(draws: Draws, *, control: str | None = None) -> Evidence:
-    """The evidence in bootstrap draws; `control` names the control's state, if it was measured."""
-    live = recovered(draws, "linear_renormalised")
-    if UNTRAINED in draws.scores and recovered(draws, UNTRAINED).value > 0:
-        live = recovered_difference(draws, "linear_renormalised", UNTRAINED)
-    return Evidence(
-        linear_live=live,
-        both=recovered(draws, "both"),
-        window_alone=recovered(draws, "window_renormalised"),
-        linear_alone=recovered(draws, "linear_renormalised"),
-        linear_adds=recovered_difference(draws, "both", "window_renormalised"),
-        window_adds=recovered_difference(draws, "both", "linear_renormalised"),
-        linear_removed=recovered_difference(draws, "both", "window"),
-        window_removed=recovered_difference(draws, "both", "linear"),
-        control_adds=None if control is None else recovered_difference(draws, "both", control),
-    )
 
 
 def judge(
@@ -184,14 +110,18 @@ def judge(
 def decide_use(
     evidence: Evidence, *, has_window: bool, has_linear: bool, thresholds: Thresholds
 ) -> tuple[Use, str, Imbalance | None]:
-    """The use-verdict, its reason, and the kind of imbalance if it is one. Definitions, in the order they are
+    """The use-verdict, its reason, and the kind of imbalance if it is one (`window_dead` with `linear_only`,
+    where there is a window). Definitions, in the order they are
     asked:
 
-    - `window_only`, `linear_only`: the model has no other branch.
+    - `window_only`, `linear_only`: the model has no other branch (`linear_only`: or one that does nothing,
+      see below).
     - `inconclusive`: no branch, an undefined scale, or neither branch nor both recover anything.
     - `redundant`: each branch alone is as good as both.
     - `collapsed`: the window alone is as good as both, and the linear branch alone is dead: no better
       than no attention, or than its own untrained maps, and not shown to stand alone either.
+    - `linear_only`, of a model with both: the linear branch alone is as good as both, and the window alone is
+      dead. A window has no maps to train, so no attention is all it is compared with.
     - `balanced`: each branch stands alone, and removing either from the hybrid costs something.
     - `imbalanced`: all else that is decided: a branch that cannot stand alone (a dead-looking linear branch
       that the hybrid nevertheless uses is here), or that can but is not used.
@@ -215,7 +145,8 @@ def decide_use(
         if rule.answer == "unclear":
             return "inconclusive", f"{facts} The intervals do not settle whether {rule.claim}.", None
         if rule.answer == "yes":
-            return use, f"{facts} {_CONCLUSIONS[use]}{_CAVEAT if by_point else ''}", None
+            dead: Imbalance | None = "window_dead" if use == "linear_only" else None
+            return use, f"{facts} {_CONCLUSIONS[use]}{_CAVEAT if by_point else ''}", dead
     imbalance = _imbalance(findings)
     return "imbalanced", f"{facts} {_IMBALANCES[imbalance]}{_CAVEAT if by_point else ''}", imbalance
 
@@ -309,6 +240,7 @@ _RULES: tuple[tuple[Use, dict[str, bool]], ...] = (
     ("inconclusive", {"both_work": False, "window_works": False, "linear_works": False}),
     ("redundant", {"linear_adds": False, "window_adds": False}),
     ("collapsed", {"linear_adds": False, "linear_works": False, "linear_shown": False}),
+    ("linear_only", {"window_adds": False, "window_works": False}),
     (
         "balanced",
         {
@@ -326,6 +258,10 @@ _CONCLUSIONS: dict[Use, str] = {
     "collapsed": (
         "The window does the work: alone it is as good as both, and the linear branch alone is no better "
         "than nothing, or than its untrained maps."
+    ),
+    "linear_only": (
+        "The linear branch does the work: alone it is as good as both, and the window alone is no better "
+        "than nothing."
     ),
     "balanced": "Each branch stands alone, and removing either costs the hybrid something.",
 }
