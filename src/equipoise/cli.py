@@ -14,12 +14,20 @@ from typer.core import TyperGroup
 
 from equipoise import __version__
 from equipoise.commands.audit import audit_command
+from equipoise.commands.bench import bench_command
+from equipoise.commands.compare import compare_command
 from equipoise.commands.convert import convert_command
 from equipoise.commands.demo import demo_command
+from equipoise.commands.depth import attribute_command
+from equipoise.commands.evaluate import evaluate_command
 from equipoise.commands.failures import INTERRUPTED, explain
 from equipoise.commands.generate import generate_command
+from equipoise.commands.import_lolcats import import_lolcats_command
+from equipoise.commands.lm_eval import PASSED_ON, lm_eval_command
 from equipoise.commands.output import say_error, set_debugging
+from equipoise.commands.recall import recall_command, recall_demo_command
 from equipoise.commands.recipes import recipes_command
+from equipoise.commands.sweep import sweep_command
 
 PROGRAM = "equipoise"
 _DEBUG = "--debug"
@@ -95,12 +103,21 @@ def common(
 VERBS = (
     ("convert", convert_command, "Make a hybrid of a softmax model."),
     ("audit", audit_command, "Show which branch of hybrids does the work."),
+    ("attribute", attribute_command, "Show in which layers and heads the branches work."),
+    ("import-lolcats", import_lolcats_command, "Make a hybrid of a published LoLCATs checkpoint."),
+    ("evaluate", evaluate_command, "Score a model on lm-eval's tasks, in every branch state."),
+    ("recall", recall_command, "Ask hybrids for what stands beyond their windows' reach."),
     ("generate", generate_command, "Go on from a prompt, in any branch state."),
+    ("compare", compare_command, "Merge audits of several seeds and recipes."),
+    ("sweep", sweep_command, "Convert and audit a whole grid, then compare."),
+    ("bench", bench_command, "Time the operators beside what would run instead."),
     ("recipes", recipes_command, "List recipes, or show one whole."),
     ("demo", demo_command, "All of it on a small scale, without network or GPU."),
+    ("recall-demo", recall_demo_command, "Recall beyond reach on a small scale, likewise."),
 )
 for _name, _verb, _summary in VERBS:
     app.command(_name, short_help=_summary)(_verb)
+app.command("lm-eval", short_help="lm-eval's own command line.", context_settings=PASSED_ON)(lm_eval_command)
 
 
 def main() -> None:

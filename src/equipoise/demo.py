@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from equipoise import __version__
+from equipoise.audit.documents import text_fingerprint
 from equipoise.audit.evaluate import STATES, DocumentScores, RunNote, audit_model
 from equipoise.audit.report import AuditReport, Donor, Metric, RunAudit, console_table, write_audit
 from equipoise.config import RunConfig
@@ -92,7 +93,12 @@ def run_demo(
         donor=replace(
             Donor.of(table, name="Llama, 0.9M parameters, trained by this demo"), extra=asdict(settings)
         ),
-        metric=Metric.of(table, context_length=CONTEXT, data="Python's standard library, held-out files"),
+        metric=Metric.of(
+            table,
+            context_length=CONTEXT,
+            data="Python's standard library, held-out files",
+            text_sha256=text_fingerprint(windows),
+        ),
         runs=tuple(runs),
     )
     paths = write_audit(report, output)

@@ -9,13 +9,11 @@ separately. NaN never reaches the file.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from equipoise.audit.attribution import (
     DONOR,
@@ -26,9 +24,10 @@ from equipoise.audit.attribution import (
     check_states,
     recovered,
 )
-from equipoise.audit.documents import document_sums, on_one_line
+from equipoise.audit.documents import on_one_line
 from equipoise.audit.page import audit_page
 from equipoise.audit.render import console_table
+from equipoise.audit.run_json import measured, plain, run_dict
 from equipoise.audit.schema import SCHEMA_VERSION, Json, audit_schema, validate_audit
 from equipoise.audit.verdict import Thresholds, Verdict, gather, judge
 from equipoise.pages import installed_version, write_results
@@ -295,7 +294,7 @@ def to_dict(report: AuditReport) -> Json:
         raise ValueError(
             "expected at least one run, got none; an audit without a converted model says nothing"
         )
-    fixed = {"name": report.donor.name, **_measured(report.donor.nll, "the donor")}
+    fixed = {"name": report.donor.name, **measured(report.donor.nll, "the donor")}
     hidden = sorted(fixed.keys() & report.donor.extra.keys())
     if hidden:
         raise ValueError(f"expected new names in the donor's extra fields, got {hidden}; rename them")
@@ -303,8 +302,8 @@ def to_dict(report: AuditReport) -> Json:
         "schema_version": SCHEMA_VERSION,
         "equipoise_version": report.equipoise_version,
         "donor": {**fixed, **report.donor.extra},
-        "metric": {**_plain(report.metric), "interval": INTERVAL},
-        "runs": [_run_dict(run) for run in report.runs],
+        "metric": {**plain(report.metric), "interval": INTERVAL},
+        "runs": [run_dict(run) for run in report.runs],
     }
 
 
@@ -338,69 +337,3 @@ def _measure_reference(draws: Draws, name: str, train_tokens: int) -> Reference:
         recovered=recovered(draws, state),
         difference=difference(draws, "both", state),
     )
-
-
-def _run_dict(run: RunAudit) -> Json:
-    name = f"{run.recipe} (seed {run.seed})"
-    return {
-        "recipe": run.recipe,
-        "seed": run.seed,
-        "states": {state: _measured(nll, f"state {state!r} of {name}") for state, nll in run.states.items()},
-        "recovered": {state: _derived(value) for state, value in run.recovered.items()},
-        "attribution": {
-            reading: {part: _derived(value) for part, value in _plain(values).items()}
-            for reading, values in run.attribution.items()
-        },
-        "verdict": _plain(run.verdict),
-        "control": None if run.control is None else _control_dict(run.control, name),
-        "references": [_reference_dict(reference) for reference in run.references],
-        "state_bytes": run.facts.state_bytes,
-        "reach": run.facts.reach,
-        "train_tokens": run.facts.train_tokens,
-        "train_seconds": run.facts.train_seconds,
-        "layers": {kind: list(layers) for kind, layers in _plain(run.facts.layers).items()},
-        **({} if run.scores is None else {"documents": document_sums(run.scores)}),
-    }
-
-
-def _control_dict(control: Control, name: str) -> Json:
-    return {
-        "window": control.setting.window,
-        "sinks": control.setting.sinks,
-        "state_bytes": control.setting.state_bytes,
-        **_measured(control.nll, f"the control of {name}"),
-        "recovered": _derived(control.recovered),
-        "difference": _derived(control.difference),
-    }
-
-
-def _reference_dict(reference: Reference) -> Json:
-    return {
-        "name": reference.name,
-        "train_tokens": reference.train_tokens,
-        **_measured(reference.nll, f"the reference {reference.name}"),
-        "recovered": _derived(reference.recovered),
-        "difference": _derived(reference.difference),
-    }
-
-
-def _plain(record: Any) -> Json:
-    """A dataclass's fields, one level deep."""
-    return {part.name: getattr(record, part.name) for part in fields(record)}
-
-
-def _measured(nll: Estimate, what: str) -> Json:
-    if not nll.defined:
-        raise ValueError(
-            f"expected a finite NLL with a finite interval for {what}, got {nll.value} {list(nll.ci95)}; the "
-            "model diverges there: evaluate in float32, and check the training run"
-        )
-    return {"nll": nll.value, "ci95": list(nll.ci95)}
-
-
-def _derived(value: Estimate) -> Json:
-    return {"value": _or_null(value.value), "ci95": [_or_null(bound) for bound in value.ci95]}
-
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -15,7 +15,7 @@ from equipoise.commands.output import progress, quieten, results, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from equipoise.audit.evaluate import DocumentScores, RunNote
+    from equipoise.audit.evaluate import DocumentScores, RunNote, SoftmaxReference
     from equipoise.audit.report import AuditReport, RunAudit
     from equipoise.data.packing import EvaluationWindow
 
@@ -39,13 +39,17 @@ class AuditOptions:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to audit, as far as it is known before its weights are read."""
+    """A model to audit, as far as it is known before its weights are read.
+
+    `softmax` marks the donor with adapters of its own (recipe `lora-only`): a reference, not a hybrid.
+    """
 
     model: str
     note: RunNote
     donor: dict[str, Any]
     context: int
     trained_on: str | None
+    softmax: bool = False
 
 
 def audit_command(
@@ -91,10 +95,13 @@ def audit_command(
     quieten()
     from equipoise.audit.render import run_labels
     from equipoise.audit.report import console_table, to_json, write_audit
+    from equipoise.commands.audit_native import all_native, audit_native
     from equipoise.train.convert import claimed
 
     try:
         with told_when_full(output, "No report was written."), claimed(output, shared=True):
+            if all_native(models):
+                return audit_native(models, output, options, as_json=as_json)
             report = run_audit(models, options, progress())
             paths = write_audit(report, output)
     except KeyboardInterrupt:
@@ -122,22 +129,32 @@ def run_audit(models: list[str], options: AuditOptions, console: Console) -> Aud
         UsageError: models of different donors, or text that the options do not settle.
         CheckpointError, ConversionError, DataError: a model or text that cannot be used.
     """
+    from equipoise.audit.documents import text_fingerprint
     from equipoise.audit.report import AuditReport, Donor, Metric
 
     if len({Path(model).resolve() for model in models}) < len(models):
         raise UsageError("expected different models, got one of them twice.")
     subjects = distinct([inspect(model) for model in models])
+    if all(subject.softmax for subject in subjects):
+        raise UsageError(
+            "expected at least one hybrid, got the softmax donor with adapters only: it has no branches. "
+            "Give it beside a hybrid of the same donor, as what the hybrid is compared with."
+        )
     check_one_donor(subjects)
     length = _context_length(subjects, options.context_length)
     windows, words = read_text(subjects, options, length)
     documents = len({window.document for window in windows})
     size = f"{documents} documents, {len(windows)} contexts of up to {length} tokens"
     say(console, f"auditing on {words}: {size}")
+    references = [
+        score_reference(subject, windows, options, console) for subject in subjects if subject.softmax
+    ]
     runs: list[RunAudit] = []
     table, known = None, None
     for subject in subjects:
-        audit, table, known = score(subject, windows, known, options, console)
-        runs.append(audit)
+        if not subject.softmax:
+            audit, table, known = score(subject, windows, known, references, options, console)
+            runs.append(audit)
     assert table is not None
     described = subjects[0].donor
     name = str(described.get("name") or "unknown donor")
@@ -147,7 +164,13 @@ def run_audit(models: list[str], options: AuditOptions, console: Console) -> Aud
     )  # fmt: skip
     return AuditReport(
         donor=replace(donor, extra={key: described.get(key) for key in ("revision", "fingerprint")}),
-        metric=Metric.of(table, context_length=length, data=words, resamples=options.resamples),
+        metric=Metric.of(
+            table,
+            context_length=length,
+            data=words,
+            resamples=options.resamples,
+            text_sha256=text_fingerprint(windows),
+        ),
         runs=tuple(runs),
     )
 
@@ -160,15 +183,21 @@ def inspect(model: str) -> Subject:
         ConversionError: not a converted one.
     """
     from equipoise.audit.evaluate import RunNote
+    from equipoise.audit.native_types import supported
     from equipoise.models.families import ConversionError
-    from equipoise.models.load import load_config
+    from equipoise.models.load import adapters_base, load_config
+    from equipoise.models.storage import describe_donor
 
     config = load_config(model)
     described = getattr(config, "equipoise", None)
+    base = adapters_base(model)
+    if base is not None and not described:
+        described = {"donor": describe_donor(base, config)}
     if not described:
         raise ConversionError(
             f"{model}: expected a converted model, got a plain {config.model_type}. An audit compares the "
-            "branches of a hybrid; make one first: equipoise convert DONOR --recipe ssd --output DIR"
+            "branches of a hybrid; make one first: equipoise convert DONOR --recipe ssd --output DIR; or "
+            f"give a hybrid that ships with transformers ({supported()})."
         )
     note, text = RunNote.read(Path(model)), config.get_text_config(decoder=True)
     return Subject(
@@ -177,6 +206,7 @@ def inspect(model: str) -> Subject:
         donor=described.get("donor") or {},
         context=int(text.max_position_embeddings or LONGEST),
         trained_on=note.source if note.train_tokens else None,
+        softmax=base is not None,
     )
 
 
@@ -223,7 +253,7 @@ def read_text(
         DataError: text that cannot be used, or fewer than two documents of it.
     """
     from equipoise.data.packing import evaluation_windows
-    from equipoise.data.sources import DataError, absolute_source, load_documents
+    from equipoise.data.sources import DataError, absolute_source, load_documents, overlaps
     from equipoise.models.load import load_tokenizer
 
     notes = {absolute_source(s.trained_on): s.note for s in reversed(subjects) if s.trained_on is not None}
@@ -232,7 +262,8 @@ def read_text(
         listed = ", ".join(trained)
         raise UsageError(f"the models were trained on different data ({listed}): choose with --data.")
     source = options.data or (trained or ["stdlib"])[0]
-    seen = notes.get(absolute_source(source))
+    # A file of a folder that was trained on, say, is not new: equal documents are held out in both.
+    seen = next((note for name, note in notes.items() if overlaps(source, name)), None)
     whole = seen is None and Path(source).expanduser().exists()
     documents = load_documents(
         source, split="validation", held_out=not whole, subset=None if seen is None else seen.subset,
@@ -254,6 +285,7 @@ def score(
     subject: Subject,
     windows: list[EvaluationWindow],
     donor: DocumentScores | None,
+    references: list[SoftmaxReference],
     options: AuditOptions,
     console: Console,
 ) -> tuple[RunAudit, Any, DocumentScores]:
@@ -270,9 +302,23 @@ def score(
         task = bar.add_task(subject.note.recipe, total=states * batches)
         scored = audit_model(
             model, windows, subject.note, batch_size=options.batch_size, resamples=options.resamples,
-            seed=options.seed, donor=donor, tick=lambda: bar.advance(task),
+            seed=options.seed, donor=donor, references=references, tick=lambda: bar.advance(task),
         )  # fmt: skip
     say(console, f"scored {subject.note.recipe} (seed {subject.note.seed}) in {states} states")
     del model
     gc.collect()
     return scored
+
+
+def score_reference(
+    subject: Subject, windows: list[EvaluationWindow], options: AuditOptions, console: Console
+) -> SoftmaxReference:
+    """Score a softmax model on the audit's text."""
+    from equipoise.audit.evaluate import SoftmaxReference, score_documents
+    from equipoise.models.load import load_model
+
+    scores = score_documents(
+        load_model(subject.model), windows, beyond=None, batch_size=options.batch_size, tick=lambda: None
+    )
+    say(console, f"scored {subject.note.recipe} (seed {subject.note.seed}), which stays softmax")
+    return SoftmaxReference(subject.note.recipe, subject.note.train_tokens, scores)
