@@ -7,7 +7,7 @@ STAMP := .venv/.stamp
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo recall bench test test-slow lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## train, convert and audit a small model; the report lands in out/demo
 	$(BIN)/equipoise demo --output out/demo
+
+bench: setup ## time the CPU operators beside their peers, one thread, and compare with the bars
+	OMP_NUM_THREADS=1 $(BIN)/equipoise bench cpu --output benchmarks
+
+recall: setup ## convert a donor that recalls, and ask beyond the windows' reach; the report lands in out/recall
+	$(BIN)/equipoise recall-demo --output out/recall --seeds 0,1,2
 
 test: setup ## the fast tests
 	$(PYTEST)

@@ -17,6 +17,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+# Kernels run on CPU in Triton's interpreter, which has to be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Only modules imported from here on are checked, so nothing above may import equipoise. Users never pay
 # for these checks: outside pytest the annotations are inert.
 install_import_hook("equipoise", "beartype.beartype")

@@ -130,7 +130,7 @@ class TestErrors:
     def test_unknown_setting_deep_down_is_told_once(self) -> None:
         assert refused(RunConfig, run(finetune={"early_stopping": {"evry": 3}})) == (
             "finetune.early_stopping.evry: unknown setting 'evry'. Did you mean 'every'? "
-            "Known: every, min_improvement, patience."
+            "Known: every, min_improvement, mode, patience, watch."
         )
 
     def test_unknown_setting_at_the_top(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings: frozen, keyword-only, checked when made; read from and written to plain dictionaries and YAML.
+"""What can be set, and reading it from plain dictionaries and YAML. How settings behave: settings.py.
 
 A recipe is a `RunConfig`. Every field's meaning stands under it and is what the command line shows.
 """
@@ -6,89 +6,17 @@ A recipe is a `RunConfig`. Every field's meaning stands under it and is what the
 from __future__ import annotations
 
 import re
-import types
-from contextvars import ContextVar
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from equipoise.registry import unknown_name
+from equipoise.settings import ConfigError, Settings
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
-
-_inside: ContextVar[bool] = ContextVar("inside other settings", default=False)
-
-
-class ConfigError(ValueError):
-    """Settings that cannot be used; the message says which, what was expected and what came."""
-
-
-class Settings(BaseModel):
-    """Base of all settings: immutable, no unknown fields."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
-    )
-
-    def __init__(self, **values: Any) -> None:
-        if _inside.get():  # the outermost settings know the whole path, and speak for all
-            super().__init__(**values)
-            return
-        token = _inside.set(True)
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
-        finally:
-            _inside.reset(token)
-
-
-def _explain(owner: type[BaseModel], error: ValidationError) -> str:
-    """One line a mistake, with the nearest known field where the name is wrong."""
-    problems: dict[str, list[str]] = {}
-    received: dict[str, str] = {}
-    for item in error.errors():
-        kind, value = item["type"], item.get("input")
-        path, fields = _field_path(owner, item["loc"])
-        where = ".".join(path) or owner.__name__
-        if kind == "extra_forbidden":
-            problem = str(unknown_name("setting", path[-1], fields)).removesuffix(".")
-        else:
-            problem = item["msg"].removeprefix("Value error, ").removesuffix(".")
-            if kind != "missing" and not (kind == "value_error" and isinstance(value, dict)):
-                received[where] = f"; got {value!r}"
-        problems.setdefault(where, []).append(problem)
-    return "\n".join(
-        f"{where}: {', or '.join(told)}{received.get(where, '')}." for where, told in problems.items()
-    )
-
-
-def _field_path(owner: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The settings a pydantic location goes through, and the fields that the last of them knows.
-
-    Of several alternatives pydantic adds which one it tried; that is left out.
-    """
-    path: list[str] = []
-    fields = owner.model_fields
-    for depth, part in enumerate(location):
-        path.append(str(part))
-        kinds = _alternatives(fields[str(part)].annotation) if part in fields else ()
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            if len(kinds) == 1 and get_origin(kinds[0]) in (dict, tuple):
-                path += [str(rest) for rest in location[depth + 1 :]]
-            break
-        fields = inner[0].model_fields
-    return path, list(fields)
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The types a field may have, null aside."""
-    if get_origin(annotation) not in (Union, types.UnionType):
-        return (annotation,)
-    return tuple(kind for kind in get_args(annotation) if kind is not type(None))
+LOSS = "loss"
+"""What early stopping looks at unless told otherwise; needs no branches."""
 
 
 class HybridConfig(Settings):
@@ -159,14 +87,56 @@ class WindowDropout(Settings):
 
 
 class EarlyStopping(Settings):
-    """Stop when the held-out loss has not improved for a while; the best weights are kept."""
+    """When stage 2 stops before its steps are up, and which of its weights are kept.
+
+    Rows of the training data are set aside to look at; they are trained on in neither stage.
+    """
 
     every: int = Field(default=20, ge=1)
-    """Steps between two looks at the held-out loss."""
+    """Steps between two looks at the rows set aside."""
+    watch: str = LOSS
+    """What to look at: loss (over all rows set aside), or a watched value: linear_share, gap, nll…"""
+    mode: Literal["best", "fall"] = "best"
+    """best: stop after `patience` looks in a row that do not improve on the best one, and keep the best one's
+    weights; fall: after `patience` in a row each worse than the one before; keeps those before the fall."""
     patience: int = Field(default=3, ge=1)
-    """Looks without an improvement before stopping."""
+    """How many such looks in a row stop it."""
     min_improvement: float = Field(default=0.0, ge=0)
-    """Smallest fall of the loss (nats per token) that counts."""
+    """Smallest change that counts, in the unit of what is watched (loss: nats per token)."""
+
+
+class RecallWatch(Settings):
+    """Recall questions asked at every look; the texts they are hidden in are training data."""
+
+    task: str = "multikey"
+    """What to ask; a task of `equipoise recall`."""
+    length: int = Field(default=512, ge=32)
+    """Tokens of text, question and answer together."""
+    examples: int = Field(default=16, ge=2)
+    """Questions a look."""
+    needles: int = Field(default=8, ge=2)
+    """Statements in each text."""
+    answer_words: int = Field(default=3, ge=1)
+    """Words (tokens) of an answer."""
+    wording: Literal["sentences", "pairs"] = "sentences"
+    """Sentences, or bare key-value pairs for models that know nothing else."""
+
+
+class Watch(Settings):
+    """Looks at both branches while training: each alone (at weight 1), both, none, on a few held-out rows.
+
+    Rows that early stopping sets aside are looked at where there are any, else rows of the held-out split. A
+    look changes nothing: neither weights nor random numbers of a run depend on it.
+    """
+
+    every: int = Field(default=50, ge=1)
+    """Steps between two looks; with early stopping, stage 2 looks as often as that says."""
+    rows: int = Field(default=8, ge=1)
+    """Rows to look at, always the same, spread over those there are."""
+    literal: bool = False
+    """Also score each branch with the other's term zeroed, at the weight it has in the hybrid."""
+    recall: RecallWatch | None = None
+    """Also ask recall questions, of both branches and of the linear branch alone; null for none."""
 
 
 class Schedule(Settings):
@@ -235,7 +205,7 @@ class FinetuneConfig(Schedule):
     window_sizes: tuple[int, ...] | None = None
     """Window sizes to train with, each for an equal share of the steps; the last must be the model's own."""
     early_stopping: EarlyStopping | None = None
-    """Stop on the held-out loss; null for never. Saves each time it looks, whatever save_every says."""
+    """Stop early; null for never. Saves each time it looks, whatever save_every says."""
 
     @model_validator(mode="after")
     def _sizes(self) -> FinetuneConfig:
@@ -265,6 +235,10 @@ class RunConfig(Settings):
     """bfloat16 autocast over float32 masters; auto: bfloat16 on a GPU that has it, float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in stage 2: slower, less memory."""
+    watch: Watch | None = None
+    """Look at both branches while training; null for never."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the log goes beside run.json: TensorBoard files in the output's logs/, or Weights & Biases."""
     checkpoint: Literal["delta", "full"] = "delta"
     """What is saved: what conversion added, beside the donor's name; or all weights."""
 
@@ -272,9 +246,14 @@ class RunConfig(Settings):
     def _check(self) -> RunConfig:
         if self.transfer is not None and (self.hybrid is None or self.hybrid.feature_map is None):
             raise ValueError("transfer trains feature maps; it needs a hybrid with a linear branch")
+        if self.hybrid is None and self.watch is not None and self.watch.recall is not None:
+            raise ValueError("watch.recall needs a hybrid")
         tuned = self.finetune
         if tuned is None:
             return self
+        watched = tuned.early_stopping.watch if tuned.early_stopping is not None else LOSS
+        if watched != LOSS and self.watch is None:
+            raise ValueError(f"early_stopping looks at {watched}, which is watched only with watch: {{}}")
         window = self.hybrid.window if self.hybrid is not None else None
         two_branches = self.hybrid is not None and window is not None and self.hybrid.feature_map is not None
         if tuned.window_dropout is not None and not two_branches:

@@ -16,7 +16,6 @@ from equipoise.commands.audit import AuditOptions, inspect, read_text
 from equipoise.models.load import load_model
 
 
-
 @pytest.fixture
 def pair(convert: Cli, tmp_path: Path) -> tuple[Path, Path]:
     """A hybrid and the softmax donor after LoRA."""
@@ -41,7 +40,8 @@ def test_lora_only_is_a_reference_of_every_run(cli: Cli, pair: tuple[Path, Path]
     options = AuditOptions(None, None, 64, 200, 4, 8, 0, 50)
     windows, _ = read_text([inspect(str(pair[1]))], options, 64)
     with torch.no_grad():
-        scores = score_documents(load_model(str(pair[1])), windows, beyond=None, batch_size=8, tick=lambda: None)
+        model = load_model(str(pair[1]))
+        scores = score_documents(model, windows, beyond=None, batch_size=8, tick=lambda: None)
     assert math.isclose(reference["nll"], scores.nll.sum() / scores.tokens.sum(), rel_tol=1e-6)
     assert not math.isclose(reference["nll"], report["donor"]["nll"], rel_tol=1e-6)  # the adapters are on
     assert "lora-only" in done.stdout

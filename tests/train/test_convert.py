@@ -24,6 +24,7 @@ from equipoise.train.convert import OutputError, RunRecord, convert, prepare_dat
 from equipoise.train.progress import ProgressReport
 from equipoise.train.recipes import load_recipe, recipe_names
 from equipoise.train.trainer import TrainingDiverged
+from equipoise.train.watching import attribution_names, watched_history
 from support import tiny_model, tiny_tokenizer
 
 TEXT = "def window(size):\n    return size\n\nthe quick brown fox jumps over the lazy dog {}\n"
@@ -123,7 +124,10 @@ def assert_record(record: RunRecord, written: dict[str, Any], run: RunConfig, do
     for stage in stages:
         result = written["stages"][stage]
         assert (result["steps"], result["tokens"]) == (2, 2 * 4 * 32)
-        assert result["history"][0]["loss"] > 0
+        assert next(entry["loss"] for entry in result["history"] if "loss" in entry) > 0
+        looks = watched_history(result["history"])
+        assert [look["step"] for look in looks] == ([0, 2] if run.hybrid is not None else [])
+        assert all(tuple(look)[1:-1] == attribution_names(run) for look in looks)  # but for step and runtime
     assert set(written["held_out"]) == ({"donor", "result"} if stages else set())
     assert all(0 < loss < 30 for loss in written["held_out"].values())
 

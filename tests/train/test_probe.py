@@ -36,7 +36,7 @@ def test_share_is_of_the_output_terms() -> None:
     results = observe(mixer, inputs, torch.ones(2, 4, 12, 6, dtype=torch.float64))
     window = mixer.hybrid(inputs, branches=Branches(linear=False))[0].norm()
     linear = mixer.hybrid(inputs, branches=Branches(window=False))[0].norm()
-    assert results["linear_share"] == pytest.approx((linear / (window + linear)).item(), rel=1e-6)
+    assert results["linear_output_share"] == pytest.approx((linear / (window + linear)).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("reading", ["literal", "renormalised"])
@@ -75,7 +75,7 @@ def test_no_window_no_window_gradient() -> None:
     results = observe(mixer, inputs, torch.ones(2, 4, 12, 6, dtype=torch.float64))
     assert results["window_gradient"] == 0
     assert results["linear_gradient"] > 0
-    assert 0 < results["linear_share"] < 1
+    assert 0 < results["linear_output_share"] < 1
 
 
 @pytest.mark.parametrize("config", [{"feature_map": None}, {"window": None}])

@@ -12,7 +12,7 @@ from rich.console import Console
 from equipoise.train import progress
 from equipoise.train.progress import ProgressReport, describe, reported
 
-ARGS = SimpleNamespace(logging_steps=10)
+ARGS = SimpleNamespace(logging_steps=10, load_best_model_at_end=False)
 
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
@@ -28,7 +28,7 @@ def drive(report: ProgressReport, steps: range) -> None:
     for step in steps:
         report.on_step_end(ARGS, state(step), None)
         if step == 1 or step % 10 == 0:
-            report.on_log(ARGS, state(step), None, logs={"loss": 1 / step, "linear_share": 0.25})
+            report.on_log(ARGS, state(step), None, logs={"loss": 1 / step, "linear_output_share": 0.25})
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
@@ -39,7 +39,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     report.on_train_end(ARGS, state(200), None)
     lines = text.getvalue().splitlines()
     assert len(lines) == 12  # the first step, every 20th, and the end
-    assert lines[0].startswith("test transfer 1/200 loss 1, linear share 0.25 eta ")
+    assert lines[0].startswith("test transfer 1/200 loss 1, linear 0.25 of output eta ")
     assert lines[-1].startswith("test transfer done: 200 steps, ")
     assert report.bar is None
 
@@ -80,5 +80,5 @@ def test_other_logs_are_not_shown() -> None:
 
 def test_describe() -> None:
     assert describe({"loss": 1.23456}) == "loss 1.235"
-    logs = {"loss": 2.0, "linear_share": 0.5, "window_gradient": 0.125, "linear_gradient": 3.0}
-    assert describe(logs) == "loss 2, linear share 0.50, grad window 0.12 linear 3"
+    logs = {"loss": 2.0, "linear_output_share": 0.5, "window_gradient": 0.125, "linear_gradient": 3.0}
+    assert describe(logs) == "loss 2, linear 0.50 of output, grad window 0.12 linear 3"

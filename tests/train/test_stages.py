@@ -129,7 +129,7 @@ class TestTransfer:
         stage = {**STAGE1, "objectives": {"hybrid-output": 1.0}}
         run = recipe(transfer=stage, hybrid={"gate": "per_head"})
         logs = transfer(hybrid(run), run, rows, tmp_path).history[0]
-        assert 0 < logs["linear_share"] < 1
+        assert 0 < logs["linear_output_share"] < 1
         assert logs["linear_gradient"] > 0
         assert logs["window_gradient"] > 0
 
@@ -282,7 +282,7 @@ class TestFinetune:
         run = recipe(hybrid=None, finetune=STAGE2)
         model, result = tuned(run, tiny_model(), rows, tmp_path)
         assert len(adapter_layers(model)) == 8
-        assert "linear_share" not in result.history[0]
+        assert "linear_output_share" not in result.history[0]
 
     @pytest.mark.parametrize("micro", [1, 2])
     def test_accumulation_equals_one_batch(

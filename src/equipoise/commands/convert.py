@@ -10,6 +10,7 @@ import typer
 
 from equipoise.commands.failures import FAILED, INTERRUPTED, VerbError, told_when_full
 from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.recall_watch import recall_watchers
 from equipoise.config import merge, parse_assignments
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def convert_command(
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", metavar="N", min=1, help="Optimiser steps of each stage.")
     ] = None,
+    report_to: Annotated[
+        str | None,
+        typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb or none: where the log goes."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     trust_remote_code: Annotated[
@@ -49,7 +54,7 @@ def convert_command(
         --set hybrid.window=32 --set finetune.learning_rate=5e-4 --max-steps 200
     """
     quieten()
-    run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps)
+    run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to)
     from equipoise.train.convert import WORK, convert
     from equipoise.train.trainer import TrainingDiverged, latest_checkpoint
 
@@ -65,6 +70,7 @@ def convert_command(
                 resume=resume,
                 console=progress(),
                 trust_remote_code=trust_remote_code,
+                watchers=recall_watchers(run, donor),
             )
     except KeyboardInterrupt:
         raise VerbError(_interrupted(output / WORK), INTERRUPTED) from None
@@ -75,8 +81,15 @@ def convert_command(
     _say_next(run, output)
 
 
-def resolve(recipe: str, *, data: str | None, assignments: list[str], max_steps: int | None) -> RunConfig:
-    """The recipe with the command line's changes: --set over --max-steps, --data over both.
+def resolve(
+    recipe: str,
+    *,
+    data: str | None,
+    assignments: list[str],
+    max_steps: int | None,
+    report_to: str | None = None,
+) -> RunConfig:
+    """The recipe with the command line's changes: --set over --max-steps, --data and --report-to over both.
 
     Raises:
         UnknownNameError, ConfigError: as `load_recipe`.
@@ -84,6 +97,8 @@ def resolve(recipe: str, *, data: str | None, assignments: list[str], max_steps:
     changes = parse_assignments(assignments)
     if data is not None:
         changes = merge(changes, {"data": {"source": data}})
+    if report_to is not None:
+        changes = merge(changes, {"report_to": report_to})
     from equipoise.train.recipes import load_recipe
 
     run = load_recipe(recipe, changes)

@@ -28,18 +28,20 @@ def _check_shapes(call: Call) -> None:
         raise ValueError(
             f"expected q, k, v of 4 dimensions [B, heads, T, D], got {q.ndim}, {k.ndim}, {v.ndim}."
         )
-    same_tokens = (q.shape[0], q.shape[2], q.shape[3]) == (k.shape[0], k.shape[2], k.shape[3])
-    if k.shape[:3] != v.shape[:3] or not same_tokens:
+    # Unpacked once, here and below: a look at `shape` costs, and decoding does this for every token.
+    (batch, heads, length, size), (rows, kv_heads, tokens, width), values = q.shape, k.shape, v.shape
+    same_values = values[0] == rows and values[1] == kv_heads and values[2] == tokens
+    if not (same_values and rows == batch and tokens == length and width == size):
         raise ValueError(
             "expected q [B, H, T, D], k [B, N, T, D], v [B, N, T, E] of one B and T, got "
             f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
         )
-    if q.shape[1] % k.shape[1]:
+    if heads % kv_heads:
         raise ValueError(
             "expected the number of query heads to be a multiple of the key/value heads, got "
-            f"{q.shape[1]} and {k.shape[1]}."
+            f"{heads} and {kv_heads}."
         )
-    if q.shape[2] == 0:
+    if length == 0:
         raise ValueError("expected at least one token, got T = 0.")
 
 
@@ -66,28 +68,30 @@ def _check_window(call: Call) -> None:
 def _check_features(call: Call) -> None:
     if (call.phi_q is None) != (call.phi_k is None):
         raise ValueError("expected phi_q and phi_k both given or both None.")
-    for name, phi, tokens in (("phi_q", call.phi_q, call.q), ("phi_k", call.phi_k, call.k)):
+    batch, heads, length, _ = call.q.shape
+    sizes: list[int] = []
+    for name, phi in (("phi_q", call.phi_q), ("phi_k", call.phi_k)):
         if not isinstance(phi, Tensor):
             continue
-        heads = {call.q.shape[1]} if name == "phi_q" else {call.q.shape[1], call.k.shape[1]}
-        if phi.ndim != 4 or phi.shape[0] != tokens.shape[0] or phi.shape[2] != tokens.shape[2]:
-            raise ValueError(f"expected {name} [B, heads, T, F] with B and T of q, got {list(phi.shape)}.")
-        if phi.shape[1] not in heads:
+        shape = phi.shape
+        if len(shape) != 4 or shape[0] != batch or shape[2] != length:
+            raise ValueError(f"expected {name} [B, heads, T, F] with B and T of q, got {list(shape)}.")
+        if shape[1] != heads and (name == "phi_q" or shape[1] != call.k.shape[1]):
+            allowed = {heads} if name == "phi_q" else {heads, call.k.shape[1]}
             raise ValueError(
-                f"expected {name} with {' or '.join(map(str, sorted(heads)))} heads, got {phi.shape[1]}."
+                f"expected {name} with {' or '.join(map(str, sorted(allowed)))} heads, got {shape[1]}."
             )
-    if (
-        isinstance(call.phi_q, Tensor)
-        and isinstance(call.phi_k, Tensor)
-        and call.phi_q.shape[-1] != call.phi_k.shape[-1]
-    ):
+        sizes.append(shape[3])
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
         raise ValueError(
-            "expected phi_q and phi_k of one feature dimension F, got "
-            f"{call.phi_q.shape[-1]} and {call.phi_k.shape[-1]}."
+            f"expected phi_q and phi_k of one feature dimension F, got {sizes[0]} and {sizes[1]}."
         )
 
 
 def _check_masks(call: Call) -> None:
+    flags = call.branches.window, call.branches.linear
+    if call.key_mask is None and call.segment_ids is None and not any(isinstance(x, Tensor) for x in flags):
+        return
     expected = [call.q.shape[0], call.q.shape[2]]
     for name, mask in (("key_mask", call.key_mask), ("segment_ids", call.segment_ids)):
         if mask is not None and list(mask.shape) != expected:
@@ -119,21 +123,20 @@ def _check_mixing(call: Call) -> None:
 
 def _check_state(call: Call, state: AttentionState) -> None:
     """A state of a call with other settings would resume, and be wrong."""
-    if state.valid.shape[0] != call.q.shape[0]:
-        raise ValueError(
-            f"expected initial_state of batch size {call.q.shape[0]}, got {state.valid.shape[0]}."
-        )
-    for name, new, old in (("k", call.k, state.keys), ("v", call.v, state.values)):
-        if (new.shape[1], new.shape[3]) != (old.shape[1], old.shape[3]):
+    rows, tokens = state.valid.shape
+    if rows != call.q.shape[0]:
+        raise ValueError(f"expected initial_state of batch size {call.q.shape[0]}, got {rows}.")
+    for name, new, old in (("k", call.k.shape, state.keys.shape), ("v", call.v.shape, state.values.shape)):
+        if new[1] != old[1] or new[3] != old[3]:
             raise ValueError(
-                f"expected initial_state with the heads and size of {name}, {new.shape[1]} and "
-                f"{new.shape[3]}, got {old.shape[1]} and {old.shape[3]}."
+                f"expected initial_state with the heads and size of {name}, {new[1]} and "
+                f"{new[3]}, got {old[1]} and {old[3]}."
             )
     history = history_length(call.window, call.layout)
-    if state.valid.shape[1] != history or (state.offsets is None) != (call.layout == "sliding"):
+    if tokens != history or (state.offsets is None) != (call.layout == "sliding"):
         raise ValueError(
             f"expected initial_state of a call with the same window and layout, holding {history} tokens, "
-            f"got one of {state.valid.shape[1]}."
+            f"got one of {tokens}."
         )
     sinks = 0 if state.sink_keys is None else state.sink_keys.shape[2]
     if sinks != call.sinks:

@@ -1,16 +1,18 @@
 """Which implementation runs a call: the one place that decides, and says so where it is not the fast one.
 
-`walk` is plain PyTorch and takes every call. `stream` is the fast path on CPU. The choice can be overridden
-by the environment variable EQUIPOISE_BACKEND, or by `backend` for a block of code.
+`walk` is plain PyTorch and takes every call. `stream` is the fast path on CPU, `triton` the one on CUDA. The
+choice can be overridden by the environment variable EQUIPOISE_BACKEND, or by `backend` for a block of code.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from equipoise.ops.types import AttentionState, Call
 from equipoise.ops.walk import Walk
 from equipoise.registry import unknown_name
 
-BACKENDS = ("auto", "walk", "stream")
+BACKENDS = ("auto", "walk", "stream", "triton")
 VARIABLE = "EQUIPOISE_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("equipoise_backend", default=None)
@@ -69,6 +71,8 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
     name = wanted()
     if name == "walk":
         return Walk(call).run(output_final_state)
+    if name == "triton" or (name == "auto" and call.q.device.type == "cuda"):
+        return _run_triton(call, output_final_state, insist=name == "triton")
     reason = _why_not_stream(call, output_final_state)
     if reason is None:
         if needs_gradient(call):
@@ -82,10 +86,42 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
         return stream_forward.run(call, output_final_state)
     if name == "stream":
         raise BackendError(f"the stream backend cannot run {reason}; use EQUIPOISE_BACKEND=auto.")
-    if call.q.device.type == "cpu" and reason not in _said:
+    return _fall_back(call, output_final_state, reason)
+
+
+def _fall_back(call: Call, output_final_state: bool, reason: str) -> tuple[Tensor, AttentionState | None]:
+    if reason not in _said:
         _said.add(reason)
         _logger.info("the slower general path runs: %s", reason)
     return Walk(call).run(output_final_state)
+
+
+def _run_triton(
+    call: Call, output_final_state: bool, *, insist: bool
+) -> tuple[Tensor, AttentionState | None]:
+    kernels = _kernels()
+    gradient = needs_gradient(call)
+    if kernels is None:
+        reason = 'without Triton; install it with pip install "equipoise[gpu]"'
+    elif gradient and (call.state is not None or output_final_state):
+        reason = "gradients through a state"
+    else:
+        reason = kernels.unsupported(call)
+    if kernels is not None and reason is None:
+        return kernels.run(call, output_final_state, gradient=gradient)
+    if insist:
+        raise BackendError(f"the triton backend cannot run {reason}; use EQUIPOISE_BACKEND=auto.")
+    return _fall_back(call, output_final_state, str(reason))
+
+
+def _kernels() -> Any:
+    """The package of kernels, which imports Triton; None where that is not installed."""
+    try:
+        return importlib.import_module("equipoise.ops.triton")
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] != "triton":
+            raise
+        return None
 
 
 def _why_not_stream(call: Call, output_final_state: bool) -> str | None:

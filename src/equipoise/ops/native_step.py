@@ -1,13 +1,12 @@
 """One step of decoding in one call of compiled C, where it was built; see `native/step.c`.
 
-Takes over from `equipoise.ops.step` for float32 and bfloat16 on CPU when the caller hands its state over,
-which is then updated in place: the returned state shares its memory.
+Takes over from `equipoise.ops.step` for float32 and bfloat16 on CPU when the caller hands its state over:
+all of it is then updated in place, and comes back as the new one.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -36,23 +35,30 @@ def supports(call: Call) -> bool:
     state = call.state
     if NATIVE is None or state is None or not call.reuse_state or call.q.device.type != "cpu":
         return False
-    total, normalizer = state.linear_state, state.linear_normalizer
-    if total is None or normalizer is None or state.folded is None or state.features is not None:
+    total, normalizer, folded, keys, values = (
+        state.linear_state, state.linear_normalizer, state.folded, state.keys, state.values
+    )  # fmt: skip
+    if total is None or normalizer is None or folded is None or state.features is not None:
         return False
-    kinds = (torch.float32, torch.bfloat16)
-    tensors = (state.keys, state.values, state.valid, total, normalizer)
+    dtype = call.q.dtype
     return (
-        call.q.dtype in kinds
-        and call.q.dtype == call.k.dtype == call.v.dtype == state.keys.dtype == state.values.dtype
-        and total.dtype == normalizer.dtype == torch.float32
-        and all(tensor.is_contiguous() for tensor in tensors)
+        (dtype is torch.float32 or dtype is torch.bfloat16)
+        and call.k.dtype is call.v.dtype is keys.dtype is values.dtype is dtype
+        and total.dtype is normalizer.dtype is torch.float32
+        and folded.dtype is torch.int64
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and total.is_contiguous()
+        and normalizer.is_contiguous()
+        and folded.is_contiguous()
+        and state.valid.is_contiguous()
         and (torch.get_num_threads() == 1 or total.numel() <= LARGEST)
         and (torch.is_inference_mode_enabled() or not total.is_inference())
     )
 
 
 def run(call: Call) -> tuple[Tensor, AttentionState]:
-    """The output [B, H, 1, E] in q's dtype, and the state after the token, in the earlier one's memory."""
+    """The output [B, H, 1, E] in q's dtype, and the state after the token: the one before it, changed."""
     state = call.state
     assert state is not None
     total, normalizer, folded = state.linear_state, state.linear_normalizer, state.folded
@@ -60,37 +66,40 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
     assert normalizer is not None
     assert folded is not None
     batch, heads, _, size = call.q.shape
-    kv_heads, value_size = call.k.shape[1], call.v.shape[3]
+    _, kv_heads, history, value_size = state.values.shape
     memories, features = total.shape[1], total.shape[2]
-    q, k, v = _plain(call.q), call.k.contiguous(), call.v.contiguous()
-    phi_q = _map(call.phi_q, call.q)
-    count: int | Tensor = 1
+    q, k, v, phi_q = _plain(call.q), call.k.contiguous(), call.v.contiguous(), _map(call.phi_q, call.q)
     if call.lagging:
         fold_phi, fold_v = _map(call.phi_k, state.keys[:, :, :1]), _plain(state.values[:, :, :1])
         fold_phi = fold_phi * state.valid[:, None, :1, None]
-        count = state.valid[:, 0].long()
     else:
-        fold_phi, fold_v = _map(call.phi_k, call.k), _plain(call.v)
-    gate = torch.as_tensor(call.gate, dtype=torch.float32).expand(batch, heads, 1).contiguous()
-    sees = (folded > 0).contiguous() if call.lagging else None
-    history = state.keys.shape[2]
+        fold_phi, fold_v = _map(call.phi_k, call.k), _plain(v)
+    gate, weight = _gate(call)
     out = torch.empty(batch, heads, 1, value_size)
-    scratch = torch.empty(history + 1 + 2 * value_size)
-    sizes = (batch, kv_heads, heads // kv_heads, memories, history, size, value_size, features)
-    tensors = (
-        q, k, v, phi_q, fold_phi, fold_v, gate, state.keys, state.values, state.valid, total, normalizer, out,
-        scratch,
-    )  # fmt: skip
     NATIVE.step(
-        sizes,
-        (*(tensor.data_ptr() for tensor in tensors), 0 if sees is None else sees.data_ptr()),
-        (call.scale, call.softcap or 0.0, EPSILON),
-        (call.q.dtype == torch.bfloat16, call.lagging, call.mixing == "shared"),
-    )
-    return out.to(call.q.dtype), replace(state, folded=folded + count)
+        (batch, kv_heads, heads // kv_heads, memories, history, size, value_size, features),
+        (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), phi_q.data_ptr(), fold_phi.data_ptr(),
+            fold_v.data_ptr(), 0 if gate is None else gate.data_ptr(), state.keys.data_ptr(),
+            state.values.data_ptr(), state.valid.data_ptr(), total.data_ptr(), normalizer.data_ptr(),
+            folded.data_ptr(), out.data_ptr(),
+        ),
+        (call.scale, call.softcap or 0.0, EPSILON, weight),
+        (call.q.dtype is torch.bfloat16, call.lagging, call.mixing == "shared"),
+    )  # fmt: skip
+    return (out if call.q.dtype is torch.float32 else out.to(call.q.dtype)), state
+
+
+def _gate(call: Call) -> tuple[Tensor | None, float]:
+    """The window's weight per head and row [B, H, 1], or one number for all."""
+    if not isinstance(call.gate, Tensor):
+        return None, call.gate
+    return call.gate.to(torch.float32).expand(*call.q.shape[:2], 1).contiguous(), 0.0
 
 
 def _plain(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.to(torch.float32).contiguous()
 
 

@@ -18,17 +18,14 @@ from torch.autograd.function import once_differentiable
 from equipoise.ops.mix import EPSILON
 from equipoise.ops.stream import Stream, Weights
 from equipoise.ops.stream_forward import (
-    Sums,
     attend,
-    group,
     linear_sums,
     mixing_weights,
     rows_of,
-    safe,
-    spread,
     window_mass,
     window_weights,
 )
+from equipoise.ops.stream_sums import Sums, group, safe, spread
 from equipoise.ops.types import Call, FeatureMapLike
 
 

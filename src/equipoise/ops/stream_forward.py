@@ -1,90 +1,14 @@
-"""The forward pass of `equipoise.ops.stream`, and the sums it carries from chunk to chunk."""
+"""The forward pass of `equipoise.ops.stream`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from equipoise.ops.mix import EPSILON
 from equipoise.ops.stream import Stream, Weights
+from equipoise.ops.stream_plain import Plain, is_plain
+from equipoise.ops.stream_sums import Sums, group, safe, spread
 from equipoise.ops.types import AttentionState, Call
-
-
-class Sums:
-    """S [B * M, F, E] and z [B * M, F, 1] of the folded keys, updated in place; None until there are any.
-
-    Attributes:
-        segment: the segment they belong to [B]; None when there is one.
-    """
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.total: Tensor | None = None
-        self.normalizer: Tensor | None = None
-        self.segment: Tensor | None = None
-        state = stream.call.state
-        if state is not None and state.linear_state is not None and state.linear_normalizer is not None:
-            # a copy: the caller's state stays what it was
-            self.total = state.linear_state.flatten(0, 1).to(stream.dtype, copy=True)
-            self.normalizer = state.linear_normalizer.flatten(0, 1)[..., None].to(stream.dtype, copy=True)
-            self.segment = state.folded_segment
-
-    def own(self, columns: slice) -> tuple[Tensor | None, Tensor | None]:
-        """The segment that is folded with these columns [B], and which of them belong to it [B, n]."""
-        segments = self.stream.tokens.segments
-        if segments is None:
-            return None, None
-        segment = segments[:, columns.stop - 1]
-        return segment, segments[:, columns] == segment[:, None]
-
-    def fold(self, columns: slice, features: Tensor, values: Tensor) -> None:
-        """Add keys: features [B, M, n, F], values [B, M, n, E]."""
-        segment, same = self.own(columns)
-        if same is not None:
-            features = features * same[:, None, :, None].to(features.dtype)
-        features, values = features.flatten(0, 1), values.flatten(0, 1)
-        if self.total is None or self.normalizer is None:
-            self.total, self.normalizer = torch.bmm(features.mT, values), features.sum(1)[..., None]
-        else:
-            self.keep(segment)
-            self.total.baddbmm_(features.mT, values)
-            self.normalizer += features.sum(1)[..., None]
-        self.segment = segment
-
-    def keep(self, segment: Tensor | None) -> Tensor | None:
-        """Start rows afresh where a new segment has begun; returns what the old sums were multiplied by."""
-        if segment is None or self.segment is None or self.total is None or self.normalizer is None:
-            return None
-        kept = (self.segment == segment).to(self.total.dtype)
-        kept = kept.repeat_interleave(len(self.total) // len(kept))[:, None, None]
-        self.total *= kept
-        self.normalizer *= kept
-        return kept
-
-    def tensors(self, memories: int, features: int) -> tuple[Tensor, Tensor]:
-        """S [B, M, F, E] and z [B, M, F]; zeros where nothing was folded."""
-        stream = self.stream
-        if self.total is None or self.normalizer is None:
-            device = stream.call.q.device
-            return (
-                torch.zeros(
-                    stream.batch, memories, features, stream.value_size, dtype=stream.dtype, device=device
-                ),
-                torch.zeros(stream.batch, memories, features, dtype=stream.dtype, device=device),
-            )
-        shape = (stream.batch, memories, features)
-        return self.total.view(*shape, -1), self.normalizer.view(shape)
-
-
-def group(rows: Tensor, groups: int) -> Tensor:
-    """[B, H, c, X] -> [B * groups, H / groups * c, X]: query heads of one key head, one below the other."""
-    batch, heads, count, size = rows.shape
-    return rows.reshape(batch * groups, heads // groups * count, size)
-
-
-def spread(values: Tensor, heads: int) -> Tensor:
-    """[B, N, n, E] -> [B, heads, n, E], each repeated for the heads that share it."""
-    return values if values.shape[1] == heads else values.repeat_interleave(heads // values.shape[1], 1)
 
 
 def window_weights(stream: Stream, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -144,12 +68,6 @@ def far_queries(stream: Stream, rows: slice, sums: Sums, phi_q: Tensor, memories
     return group(same.expand(-1, stream.heads, -1, -1), memories) * phi_q
 
 
-def safe(denominator: Tensor) -> Tensor:
-    """The denominator with its magnitude kept above EPSILON, as in `equipoise.ops.mix.divide`."""
-    floor = torch.where(denominator < 0, -EPSILON, EPSILON).to(denominator.dtype)
-    return torch.where(denominator.abs() < EPSILON, floor, denominator)
-
-
 def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
     """The output [B, H, T, E] in q's dtype, and the state after the last token if asked for."""
     stream = Stream(call)
@@ -174,7 +92,11 @@ def attend(stream: Stream, sums: Sums, weights: Weights) -> tuple[Tensor, tuple[
     shape = (stream.batch, stream.heads, stream.length, stream.value_size)
     out = torch.empty(shape, dtype=call.q.dtype, device=call.q.device)
     sizes = (0, 0)
+    plain = Plain(stream, weights) if is_plain(call) else None
     for rows in stream.chunks():
+        if plain is not None and not plain.reaches_back(rows):
+            sizes = plain.run(rows, sums, out)
+            continue
         part = stream.row_slice(rows)
         window = linear = mass = None
         if call.window is not None and weights.window is not None:

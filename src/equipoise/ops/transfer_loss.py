@@ -74,7 +74,7 @@ class _Blocks:
 
     def scores(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         scores = products(self.q[:, :, rows].to(dtype) * self.scale, self.k[:, :, columns].to(dtype))
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def hidden(self, rows: slice, columns: slice) -> Tensor | None:
         """Pairs that do not count [B or 1, 1, rows, columns]; None if all do."""
@@ -137,10 +137,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         row_features = phi_q[:, :, rows]
         for columns in call.pairs(rows):
             features = products(row_features, phi_k[:, :, columns])
-            weights = (call.scores(rows, columns, phi_q.dtype) - logsumexp[:, :, rows, None]).exp_()
-            pulled = weights * grad[:, :, rows, None] / features.clamp_min(FLOOR)
-            slope = over_total[:, :, rows, None] - pulled
-            slope.masked_fill_(features < FLOOR, 0)
+            # in place: a block's tensors stay in cache, new ones would not
+            weights = call.scores(rows, columns, phi_q.dtype).sub_(logsumexp[:, :, rows, None]).exp_()
+            slope = weights.mul_(grad[:, :, rows, None])
+            # three passes less on CPU for the maps that stay above the floor; elsewhere the answer would cost
+            clamped = features.device.type != "cpu" or not bool(features.amin() >= FLOOR)
+            slope.div_(features.clamp_min(FLOOR) if clamped else features)
+            torch.sub(over_total[:, :, rows, None], slope, out=slope)
+            if clamped:
+                slope.masked_fill_(features < FLOOR, 0)
             hidden = call.hidden(rows, columns)
             if hidden is not None:
                 slope.masked_fill_(hidden, 0)
@@ -157,16 +162,16 @@ def _sweep(phi_q: Tensor, phi_k: Tensor, call: _Blocks, rows: slice) -> tuple[Te
     mass, cross, total = (phi_q.new_zeros(shape) for _ in range(3))
     for columns in call.pairs(rows):
         scores = call.scores(rows, columns, phi_q.dtype)
-        features = products(phi_q[:, :, rows], phi_k[:, :, columns]).clamp_min(FLOOR)
+        features = products(phi_q[:, :, rows], phi_k[:, :, columns]).clamp_min_(FLOOR)
         hidden = call.hidden(rows, columns)
         if hidden is not None:
-            scores = scores.masked_fill(hidden, -torch.inf)
+            scores.masked_fill_(hidden, -torch.inf)
             total += features.masked_fill(hidden, 0).sum(-1)
         else:
             total += features.sum(-1)
         new_top = torch.maximum(top, scores.amax(-1))
         shrink = (top - new_top).exp()
-        weights = (scores - new_top[..., None]).exp_()
+        weights = scores.sub_(new_top[..., None]).exp_()
         mass = mass * shrink + weights.sum(-1)
         cross = cross * shrink + weights.mul_(features.log_()).sum(-1)
         top = new_top

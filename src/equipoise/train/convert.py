@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from equipoise import __version__
 from equipoise.config import ConfigError, DataConfig, HybridConfig, RunConfig
-from equipoise.data.packing import PackedDataset, check_tokenizer, collate, pack_documents
+from equipoise.data.packing import PackedDataset, check_tokenizer, pack_documents
 from equipoise.data.sources import absolute_source, load_documents
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
@@ -28,7 +27,10 @@ from equipoise.models.load import load_donor, load_tokenizer
 from equipoise.models.storage import write_atomically
 from equipoise.models.surgery import hybridize
 from equipoise.train.progress import reported
+from equipoise.train.reporting import LOGS, check_reporter, reporting
 from equipoise.train.stages import StageResult, finetune, lora_targets, transfer
+from equipoise.train.trainer import finished_result, latest_checkpoint
+from equipoise.train.watching import Watcher, check_watched, mean_nll
 
 RUN = "run.json"
 """What was run, beside the model it made."""
@@ -54,7 +56,8 @@ class RunRecord:
         donor: name or path of the donor.
         seed: of initialisation, order of data and dropout draws.
         train_tokens, train_seconds: of both stages together.
-        stages: steps, tokens, seconds and log of each stage.
+        stages: steps, tokens, seconds and log of each stage; the log holds every watched value by step
+            (`equipoise.train.watching.watched_history`).
         held_out: mean loss in nats per token on held-out rows: the donor's and the result's.
         equipoise_version: that made it.
     """
@@ -93,6 +96,7 @@ def claimed(output: Path, *, resume: bool = False, shared: bool = False) -> Gene
         work = output / WORK
         if not shared and not any(work.glob("*/checkpoint-*")):
             shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(output / LOGS, ignore_errors=True)
         if is_new and not any(output.iterdir()):
             output.rmdir()
         raise
@@ -158,17 +162,10 @@ def prepare_data(
     )
 
 
-@torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: PackedDataset, *, batch_size: int = 8) -> float:
     """Mean next-token loss on packed rows, in nats per token, in the state the model is in."""
-    total, count = 0.0, 0
     subset = [rows[i] for i in range(min(HELD_OUT_ROWS, len(rows)))]
-    for batch in DataLoader(subset, batch_size=batch_size, collate_fn=collate):  # pyright: ignore[reportArgumentType]
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        number = int((inputs["labels"][:, 1:] != -100).sum())
-        total += model(**inputs, use_cache=False).loss.item() * number
-        count += number
-    return total / max(1, count)
+    return mean_nll(model, subset, batch_size=batch_size)
 
 
 def convert(
@@ -180,6 +177,7 @@ def convert(
     resume: bool = False,
     console: Console | None = None,
     trust_remote_code: bool = False,
+    watchers: Sequence[Watcher] = (),
 ) -> RunRecord:
     """Convert a donor by a recipe and write the result to a new directory.
 
@@ -191,15 +189,19 @@ def convert(
         resume: go on with a run that was killed, from its last training checkpoint.
         console: where progress goes.
         trust_remote_code: run code that comes with the donor (off unless asked).
+        watchers: what to look at while training, beside the branches, where the recipe watches.
 
     Raises:
-        ConfigError, CheckpointError, ConversionError, DataError, TrainingDiverged: each says what to do.
+        ConfigError, UnknownNameError, CheckpointError, ConversionError, DataError, TrainingDiverged: each
+            says what to do.
     """
     console = console or Console(stderr=True)
     output = Path(output)
+    check_reporter(run.report_to)
+    check_watched(run, watchers)
     with claimed(output, resume=resume):
         _check_start(output / WORK, run, donor, seed)
-        return _convert(donor, run, output, seed, resume, console, trust_remote_code)
+        return _convert(donor, run, output, seed, resume, console, trust_remote_code, watchers)
 
 
 def _convert(
@@ -210,6 +212,7 @@ def _convert(
     resume: bool,
     console: Console,
     trust_remote_code: bool,
+    watchers: Sequence[Watcher],
 ) -> RunRecord:
     model, tokenizer = load_donor(donor, trust_remote_code=trust_remote_code), load_tokenizer(donor)
     trains = run.transfer is not None or run.finetune is not None
@@ -219,10 +222,11 @@ def _convert(
         _describe(model, run.hybrid, console)
     data = prepare_data(run.data, model, tokenizer, seed=seed) if trains else None
     held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
-    results = (
-        train(model, run, data, output / WORK, seed=seed, resume=resume, console=console) if data else {}
-    )
+    results: dict[str, StageResult] = {}
     if data is not None:
+        results = train(
+            model, run, data, output / WORK, seed=seed, resume=resume, console=console, watchers=watchers
+        )
         held_out["result"] = mean_loss(model, data.held_out)
         console.print(
             f"held-out loss: donor {held_out['donor']:.4f}, {run.name} {held_out['result']:.4f} nats/token",
@@ -303,32 +307,47 @@ def train(
     seed: int,
     resume: bool = False,
     console: Console | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> dict[str, StageResult]:
-    """Run a recipe's stages on a converted model, in place."""
+    """Run a recipe's stages on a converted model, in place; ``watchers`` as in `convert`."""
     console = console or Console(stderr=True, quiet=True)
     results: dict[str, StageResult] = {}
     if run.finetune is not None:
         lora_targets(model, run.finetune)  # a wrong name is known before stage 1 has run for hours
     set_seed(seed)
     rows, stopping = stopping_rows(data.rows, run)
+    looked_at = data.held_out if stopping is None else stopping
     if run.transfer is not None:
-        with reported(console, f"{run.name} transfer") as callbacks:
+        place = work / "transfer"
+        with _shown(console, run, place, resume=resume) as callbacks:
             results["transfer"] = transfer(
-                model, run, rows, work / "transfer", seed=seed, callbacks=callbacks, resume=resume
-            )
+                model, run, rows, place, held_out=looked_at, seed=seed, callbacks=callbacks,
+                watchers=watchers, resume=resume,
+            )  # fmt: skip
     if run.finetune is not None:
-        with reported(console, f"{run.name} finetune") as callbacks:
+        place = work / "finetune"
+        with _shown(console, run, place, resume=resume) as callbacks:
             results["finetune"] = finetune(
-                model,
-                run,
-                rows,
-                stopping,
-                work / "finetune",
-                seed=seed,
-                callbacks=callbacks,
+                model, run, rows, looked_at, place, seed=seed, callbacks=callbacks, watchers=watchers,
                 resume=resume,
-            )
+            )  # fmt: skip
     return results
+
+
+@contextmanager
+def _shown(
+    console: Console, run: RunConfig, place: Path, *, resume: bool
+) -> Generator[list[TrainerCallback]]:
+    """Callbacks of one stage: progress, and the reporter that the recipe asks for."""
+    last = latest_checkpoint(place) if resume else None
+    resumed_at = None if last is None else int(last.name.rpartition("-")[2])
+    reporter = "none" if resume and finished_result(place) is not None else run.report_to
+    logs = place.parent.parent / LOGS / place.name
+    with (
+        reported(console, f"{run.name} {place.name}") as shown,
+        reporting(reporter, logs, resumed_at=resumed_at) as sent,
+    ):
+        yield [*shown, *sent]
 
 
 def stopping_rows(rows: PackedDataset, run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:

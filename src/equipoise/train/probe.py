@@ -48,11 +48,11 @@ class BranchProbe:
             self.gradient[name] += sum(g.float().square().sum().item() for g in grads if g is not None)
 
     def results(self) -> dict[str, float]:
-        """linear_share, window_gradient, linear_gradient; empty where nothing was seen."""
+        """linear_output_share, window_gradient, linear_gradient; empty where nothing was seen."""
         window, linear = (self.output[name] ** 0.5 for name in ("window", "linear"))
         if window + linear == 0:
             return {}
-        results = {"linear_share": linear / (window + linear)}
+        results = {"linear_output_share": linear / (window + linear)}
         if any(self.gradient.values()):
             results |= {f"{name}_gradient": value**0.5 for name, value in self.gradient.items()}
         return results

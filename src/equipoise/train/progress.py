@@ -28,7 +28,7 @@ class ProgressReport(TrainerCallback):
         self.started, self.first = time.monotonic(), 0
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.status = ""
+        self.status, self.seen = "", ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
@@ -44,11 +44,12 @@ class ProgressReport(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=state.global_step, status=self.status)
+            self.bar.update(self.task, completed=state.global_step, status=self._words(short=True))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
+        self.seen = describe_look(logs or {}, state.global_step) or self.seen
         if not logs or "loss" not in logs:
             return
         self.status = describe(logs)
@@ -58,14 +59,26 @@ class ProgressReport(TrainerCallback):
             a_step = (time.monotonic() - self.started) / max(1, step - self.first)
             left = f"eta {a_step * (state.max_steps - step):.0f}s"
             self.console.print(
-                f"{self.label} {step}/{state.max_steps} {self.status} {left}", highlight=False, soft_wrap=True
+                f"{self.label} {step}/{state.max_steps} {self._words()} {left}",
+                highlight=False,
+                soft_wrap=True,
             )
+
+    def _words(self, *, short: bool = False) -> str:
+        """The last log and the last look; a bar has room for the loss and the look alone."""
+        status = self.status.partition(",")[0] if short and self.seen else self.status
+        return ", ".join(part for part in (status, self.seen) if part)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         taken = time.monotonic() - self.started
+        kept = state.best_global_step if args.load_best_model_at_end else None
+        stopped = "stopped" if state.global_step < state.max_steps else "done"
+        parts = [f"{state.global_step} steps", f"{taken:.0f}s", self._words()]
+        if kept is not None and kept != state.global_step:
+            parts.append(f"weights of step {kept} kept")
         self.console.print(
-            f"{self.label} done: {state.global_step} steps, {taken:.0f}s, {self.status}",
+            f"{self.label} {stopped}: {', '.join(part for part in parts if part)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -88,11 +101,25 @@ def reported(console: Console, label: str) -> Generator[list[TrainerCallback]]:
 
 
 def describe(logs: dict[str, float]) -> str:
-    """Loss, linear share and the branches' gradient norms, in a few words."""
+    """Loss, linear attention's part of the layers' output, the branches' gradient norms, in a few words."""
     parts = [f"loss {float(logs['loss']):.4g}"]
-    if "linear_share" in logs:
-        parts.append(f"linear share {logs['linear_share']:.2f}")
+    if "linear_output_share" in logs:
+        parts.append(f"linear {logs['linear_output_share']:.2f} of output")
     if "linear_gradient" in logs:
         window, linear = logs.get("window_gradient", 0.0), logs["linear_gradient"]
         parts.append(f"grad window {window:.2g} linear {linear:.2g}")
     return ", ".join(parts)
+
+
+def describe_look(logs: dict[str, float], step: int) -> str:
+    """What a look at held-out rows saw of the branches; nothing where the log is not of a look."""
+    parts = [
+        f"{words} {logs[name]:.1%}"
+        for name, words in (
+            ("eval_linear_share", "linear share"), ("eval_linear_recovered", "linear alone"),
+            ("eval_recall", "recall"),
+        ) if name in logs
+    ]  # fmt: skip
+    if not parts and "eval_nll" in logs:
+        parts = [f"nll {logs['eval_nll']:.4g}"]
+    return f"held out at {step}: {', '.join(parts)}" if parts else ""

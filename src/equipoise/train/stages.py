@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from equipoise.config import ConfigError, FinetuneConfig, RunConfig
+from equipoise.config import ConfigError, FinetuneConfig, RunConfig, Schedule
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import add_lora
@@ -31,6 +31,7 @@ from equipoise.train.trainer import (
     latest_checkpoint,
     training_arguments,
 )
+from equipoise.train.watching import Attribution, Watcher
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 """Names of attention projections in the supported families; LoRA takes those a model has."""
@@ -103,7 +104,7 @@ def _transfer_metrics(share: dict[str, float], mixers: list[HybridMixer]) -> dic
     metrics = {"linear_gradient": norm(maps), "window_gradient": norm(gates)}
     window, linear = (share.get(name, 0.0) ** 0.5 for name in ("window", "linear"))
     if window + linear > 0:
-        metrics["linear_share"] = linear / (window + linear)
+        metrics["linear_output_share"] = linear / (window + linear)
     return metrics
 
 
@@ -176,8 +177,10 @@ def transfer(
     rows: Dataset[Any],
     directory: Path,
     *,
+    held_out: Dataset[Any] | None = None,
     seed: int = 0,
     callbacks: list[TrainerCallback] | None = None,
+    watchers: Sequence[Watcher] = (),
     resume: bool = False,
 ) -> StageResult:
     """Stage 1 on packed rows: train the maps (and gates) of a converted model, nothing else.
@@ -187,8 +190,10 @@ def transfer(
         run: the recipe; its ``transfer`` must be set.
         rows: packed rows (see `equipoise.data.packing`).
         directory: where training checkpoints go.
+        held_out: packed rows to look at where the recipe watches; None for not at all.
         seed: of the order of rows.
         callbacks: transformers' callbacks, for progress.
+        watchers: what to look at beside the branches; needs a recipe that watches.
         resume: go on from the newest checkpoint in ``directory``, if there is one.
 
     Raises:
@@ -202,9 +207,11 @@ def transfer(
         parameter.requires_grad_(False)
     for mixer in mixers_of(model):
         mixer.requires_grad_(True)
+    watchers = _watchers(run, run.transfer, held_out, watchers)
+    every = run.watch.every if run.watch is not None and watchers else None
     trainer = TransferTrainer(
-        model, training_arguments(run, run.transfer, directory, seed=seed), rows, callbacks=callbacks,
-        objective=weighted_sum(run.transfer.objectives),
+        model, training_arguments(run, run.transfer, directory, seed=seed, eval_steps=every), rows, held_out,
+        callbacks, watchers=watchers, objective=weighted_sum(run.transfer.objectives),
     )  # fmt: skip
     return _run(trainer, model, directory, resume)
 
@@ -218,11 +225,12 @@ def finetune(
     *,
     seed: int = 0,
     callbacks: list[TrainerCallback] | None = None,
+    watchers: Sequence[Watcher] = (),
     resume: bool = False,
 ) -> StageResult:
     """Stage 2 on packed rows: LoRA on the attention projections, and the maps where the recipe says so.
 
-    Arguments and errors as in `transfer`; ``held_out`` is what early stopping looks at.
+    Arguments and errors as in `transfer`; ``held_out`` is what early stopping looks at, too.
     """
     settings = run.finetune
     assert settings is not None
@@ -230,16 +238,28 @@ def finetune(
     add_lora(model, rank=settings.rank, alpha=settings.alpha, targets=lora_targets(model, settings))
     for mixer in mixers_of(model):
         mixer.requires_grad_(settings.train_maps)
-    callbacks = list(callbacks or [])
-    stopping = settings.early_stopping
-    if stopping is not None:
-        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_improvement))
+    watchers, stopping = _watchers(run, settings, held_out, watchers), settings.early_stopping
+    every = run.watch.every if run.watch is not None and watchers else None
     arguments = training_arguments(
-        run, settings, directory, seed=seed, eval_steps=None if stopping is None else stopping.every
+        run, settings, directory, seed=seed, eval_steps=every if stopping is None else stopping.every,
+        chooses=stopping is not None,
+    )  # fmt: skip
+    trainer = FinetuneTrainer(
+        model, arguments, rows, held_out, callbacks, watchers=watchers, stopping=stopping, settings=settings
     )
-    trainer = FinetuneTrainer(model, arguments, rows, held_out, callbacks, settings=settings)
     with _recomputing(model) if run.gradient_checkpointing else nullcontext():
         return _run(trainer, model, directory, resume)
+
+
+def _watchers(
+    run: RunConfig, stage: Schedule, held_out: Dataset[Any] | None, others: Sequence[Watcher]
+) -> list[Watcher]:
+    """What a stage looks at: the branches, where there is a hybrid, and what it was given."""
+    if run.watch is None or held_out is None:
+        return []
+    size = stage.micro_batch_size or stage.batch_size
+    own = [] if run.hybrid is None else [Attribution(run, held_out, batch_size=size)]
+    return [*own, *others]
 
 
 @contextmanager
@@ -267,6 +287,8 @@ def _run(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume:
         if not resume:
             clear(directory)
         checkpoint = latest_checkpoint(directory) if resume else None
+        # a resumed stage has looked at its start already
+        trainer.args.eval_on_start = bool(trainer.watchers) and checkpoint is None
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except TrainingDiverged as error:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
 
-from equipoise.config import RunConfig, Schedule
+from equipoise.config import LOSS, EarlyStopping, RunConfig, Schedule
 from equipoise.data.packing import collate
 from equipoise.data.sources import DataError
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
 from equipoise.models.storage import CheckpointError, load_tensors, write_atomically
 from equipoise.train.probe import BranchProbe
+from equipoise.train.stopping import StoppingRule
+from equipoise.train.watching import PREFIX, Watcher, untouched
 
 TRAINED = "trained.safetensors"
 """The trained weights, in a training checkpoint and beside `FINISHED`."""
@@ -42,19 +48,27 @@ class StageResult:
         steps: optimiser steps taken.
         tokens: training tokens seen.
         seconds: time spent training, all runs of a stage that was resumed together.
-        history: what was logged, in order.
+        history: what was logged, in order; looks at held-out rows too (see `watching.watched_history`).
+        kept_step: the step that the result's weights are of, where early stopping chose; None for the last.
     """
 
     steps: int
     tokens: int
     seconds: float
     history: list[dict[str, float]]
+    kept_step: int | None = None
 
 
 def training_arguments(
-    run: RunConfig, stage: Schedule, directory: Path, *, seed: int, eval_steps: int | None = None
+    run: RunConfig,
+    stage: Schedule,
+    directory: Path,
+    *,
+    seed: int,
+    eval_steps: int | None = None,
+    chooses: bool = False,
 ) -> TrainingArguments:
-    """Trainer's arguments for one stage."""
+    """Trainer's arguments for a stage; it looks every ``eval_steps``, and may choose its weights by that."""
     micro = stage.micro_batch_size or stage.batch_size
     bf16 = run.precision == "bfloat16" or (
         run.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -62,8 +76,7 @@ def training_arguments(
     evaluation: dict[str, Any] = {}
     if eval_steps is not None:
         evaluation = {
-            "eval_strategy": "steps", "eval_steps": eval_steps, "metric_for_best_model": "eval_loss",
-            "greater_is_better": False, "load_best_model_at_end": True,
+            "eval_strategy": "steps", "eval_steps": eval_steps, "load_best_model_at_end": chooses,
         }  # fmt: skip
     return TrainingArguments(
         output_dir=str(directory), per_device_train_batch_size=micro, per_device_eval_batch_size=micro,
@@ -75,8 +88,9 @@ def training_arguments(
         remove_unused_columns=False, label_names=["labels"],
         logging_strategy="steps", logging_steps=10, logging_nan_inf_filter=False,
         logging_first_step=True, report_to=[], disable_tqdm=True, save_strategy="steps",
-        save_steps=eval_steps or stage.save_every, save_total_limit=2,
+        save_steps=eval_steps if chooses and eval_steps else stage.save_every, save_total_limit=2,
         restore_callback_states_from_checkpoint=True, dataloader_pin_memory=torch.cuda.is_available(),
+        run_name=f"{run.name}-{directory.name}",
         **evaluation,
     )  # fmt: skip
 
@@ -88,7 +102,9 @@ class StageTrainer(Trainer):
         model: the hybrid; parameters that require gradients train.
         arguments: of transformers.
         rows, held_out: packed rows to train on and to evaluate with.
-        callbacks: progress and early stopping.
+        callbacks: progress and reporting.
+        watchers: what an evaluation looks at; see `equipoise.train.watching`.
+        stopping: when to stop; null for never.
 
     Raises:
         DataError: fewer rows than one step takes.
@@ -103,6 +119,9 @@ class StageTrainer(Trainer):
         rows: Dataset[Any],
         held_out: Dataset[Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        *,
+        watchers: Sequence[Watcher] = (),
+        stopping: EarlyStopping | None = None,
     ) -> None:
         count: int = len(rows)  # pyright: ignore[reportArgumentType]
         self.rows_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
@@ -111,10 +130,14 @@ class StageTrainer(Trainer):
                 f"expected at least {self.rows_a_step} rows of training data, one step of {self.stage_name}, "
                 f"got {count}. Give more data, or lower {self.stage_name}.batch_size or data.context_length."
             )
+        own: list[TrainerCallback] = [StageClock()]
+        if stopping is not None:
+            own.append(StoppingRule(stopping.model_dump(mode="json")))
         super().__init__(
             model=model, args=arguments, data_collator=collate, train_dataset=rows, eval_dataset=held_out,
-            callbacks=[*(callbacks or []), StageClock()],
+            callbacks=[*(callbacks or []), *own],
         )  # fmt: skip
+        self.watchers = tuple(watchers)
         self.remove_callback(PrinterCallback)
         self.branch_metrics: dict[str, float] = {}
         self._micro_step, self._micro_of = 0, -1
@@ -125,6 +148,11 @@ class StageTrainer(Trainer):
         """Time spent training so far."""
         clocks = [c for c in self.callback_handler.callbacks if isinstance(c, StageClock)]
         return clocks[0].total()  # restored by Trainer from a checkpoint as another object
+
+    @property
+    def rule(self) -> StoppingRule | None:
+        """When to stop; restored from a checkpoint like the clock."""
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, StoppingRule)), None)
 
     # ---- steps
 
@@ -186,11 +214,50 @@ class StageTrainer(Trainer):
         """Add the branches' share and gradient norms to what is logged."""
         if "loss" in logs:
             logs = logs | self.branch_metrics
+        # a look without Trainer's own loop has no rate
+        logs = {name: value for name, value in logs.items() if value or not name.endswith("_per_second")}
         super().log(logs, start_time)
 
     def probed(self, model: nn.Module) -> Any:
         """A context that watches the branches of the steps that are logged."""
         return _Probing(self, model)
+
+    # ---- looks: what an evaluation is here
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Look at the held-out rows; training goes on as if nobody had."""
+        self.state.epoch = float(self.state.epoch or 0.0)  # before the first step Trainer has a whole 0 there
+        with untouched(cast(nn.Module, self.model)):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's own over all rows where early stopping looks at the loss, and what the watchers see."""
+        if self.rule is not None and self.rule.watched == LOSS:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        else:
+            output = EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics={}, num_samples=0)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with torch.no_grad():
+            for watcher in self.watchers:
+                values = watcher(model, self.state.global_step)
+                # undefined values: JSON has no NaN, and plots no place for it
+                seen = {PREFIX + name: float(v) for name, v in values.items() if math.isfinite(v)}
+                cast(dict[str, float], output.metrics).update(seen)
+        return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """By the stopping rule; a look at which its value is undefined does not count."""
+        rule = self.rule
+        value = None if rule is None else metrics.get(PREFIX + rule.watched)
+        if rule is None or value is None:
+            return False
+        is_kept = rule.keeps(value)
+        if is_kept:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        if rule.strikes:
+            self.control.should_training_stop = True
+        return is_kept
 
     # ---- checkpoints: only what trains
 
@@ -226,6 +293,7 @@ class StageTrainer(Trainer):
             tokens=steps * self.rows_a_step * self.args.world_size * len(row["input_ids"]),
             seconds=self.seconds,
             history=self.state.log_history,
+            kept_step=None if self.rule is None else self.state.best_global_step,
         )
         if self.args.should_save:
             self._save(str(directory))

@@ -8,6 +8,7 @@
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
@@ -15,145 +16,248 @@
 #else
 #define CLONES
 #endif
+/* Inlined by force: what is not would be compiled for the oldest processor, not for a clone's. */
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
 
 typedef struct {
     Py_ssize_t batch, kv_heads, groups, memories, history, size, value_size, features;
-    const float *q, *phi_q, *gate, *fold_phi, *fold_v;
+    const float *q, *phi_q, *gate, *fold_phi, *fold_v; /* gate: a number per head, or NULL for `weight` */
     const void *k, *v;
     void *keys, *values;
     uint8_t *valid;
     float *total, *normalizer, *out, *scratch;
-    const uint8_t *sees; /* per row of the batch: whether linear attention has a key; NULL when it has */
-    float scale, softcap, epsilon;
+    int64_t *folded; /* per row of the batch: keys in the sums */
+    float scale, softcap, epsilon, weight;
     int half, lagging, shared;
 } Step;
 
-static inline float widen(uint16_t bits) {
+INLINE float widen(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
     memcpy(&value, &wide, sizeof value);
     return value;
 }
 
-static inline float floored(float x, float epsilon) {
+INLINE float same(float value) { return value; }
+
+INLINE float floored(float x, float epsilon) {
     if (fabsf(x) >= epsilon) return x;
     return x < 0 ? -epsilon : epsilon;
 }
 
+/* e^x for x <= 0 to 2e-7, without a branch so that loops over it vectorise: 2^n times a polynomial (Cephes). */
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const float n = (float)(int32_t)(x * 1.44269504f - 0.5f); /* rounds towards 0: to the nearest, for x <= 0 */
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+/* Products of a query [D] with rows [n, D], and sums of rows [n, E] by weight added to out [E]; four rows at a
+ * time, so that their sums do not wait for one another. */
+#define ROWS(NAME, ELEMENT, LOAD)                                                                                      \
+    INLINE void NAME##_products(const float *restrict q, const ELEMENT *restrict rows, Py_ssize_t n,            \
+                                       Py_ssize_t D, float *restrict out) {                                            \
+        Py_ssize_t j = 0;                                                                                              \
+        for (; j + 4 <= n; j += 4) {                                                                                   \
+            const ELEMENT *restrict a = rows + j * D, *restrict b = a + D, *restrict c = b + D, *restrict d = c + D;   \
+            float w = 0, x = 0, y = 0, z = 0;                                                                          \
+            for (Py_ssize_t i = 0; i < D; i++) {                                                                       \
+                w += q[i] * LOAD(a[i]);                                                                                \
+                x += q[i] * LOAD(b[i]);                                                                                \
+                y += q[i] * LOAD(c[i]);                                                                                \
+                z += q[i] * LOAD(d[i]);                                                                                \
+            }                                                                                                          \
+            out[j] = w, out[j + 1] = x, out[j + 2] = y, out[j + 3] = z;                                                \
+        }                                                                                                              \
+        for (; j < n; j++) {                                                                                           \
+            float w = 0;                                                                                               \
+            for (Py_ssize_t i = 0; i < D; i++) w += q[i] * LOAD(rows[j * D + i]);                                      \
+            out[j] = w;                                                                                                \
+        }                                                                                                              \
+    }                                                                                                                  \
+    INLINE void NAME##_sums(const float *restrict w, const ELEMENT *restrict rows, Py_ssize_t n, Py_ssize_t E,  \
+                                   float *restrict out) {                                                              \
+        Py_ssize_t j = 0;                                                                                              \
+        for (; j + 4 <= n; j += 4) {                                                                                   \
+            if (w[j] == 0 || w[j + 1] == 0 || w[j + 2] == 0 || w[j + 3] == 0) break; /* padding: not even read */      \
+            const ELEMENT *restrict a = rows + j * E, *restrict b = a + E, *restrict c = b + E, *restrict d = c + E;   \
+            for (Py_ssize_t e = 0; e < E; e++)                                                                         \
+                out[e] += w[j] * LOAD(a[e]) + w[j + 1] * LOAD(b[e]) + w[j + 2] * LOAD(c[e]) + w[j + 3] * LOAD(d[e]);   \
+        }                                                                                                              \
+        for (; j < n; j++) {                                                                                           \
+            if (w[j] == 0) continue;                                                                                   \
+            for (Py_ssize_t e = 0; e < E; e++) out[e] += w[j] * LOAD(rows[j * E + e]);                                 \
+        }                                                                                                              \
+    }
+ROWS(float, float, same)
+ROWS(half, uint16_t, widen)
+
+INLINE void products(const Step *s, const float *q, const void *rows, Py_ssize_t at, Py_ssize_t n, float *out) {
+    if (s->half)
+        half_products(q, (const uint16_t *)rows + at * s->size, n, s->size, out);
+    else
+        float_products(q, (const float *)rows + at * s->size, n, s->size, out);
+}
+
+INLINE void sums(const Step *s, const float *w, const void *rows, Py_ssize_t at, Py_ssize_t n, float *out) {
+    if (s->half)
+        half_sums(w, (const uint16_t *)rows + at * s->value_size, n, s->value_size, out);
+    else
+        float_sums(w, (const float *)rows + at * s->value_size, n, s->value_size, out);
+}
+
 /* The window's softmax of one query [D] over `history` kept tokens and the new one: out [E], returns the mass. */
-static inline float window(const Step *s, Py_ssize_t b, Py_ssize_t n, const float *q, float *out) {
-    const Py_ssize_t D = s->size, E = s->value_size, R = s->history, at = b * s->kv_heads + n;
-    float *scores = s->scratch, top = -INFINITY, mass = 0;
-    for (Py_ssize_t j = 0; j <= R; j++) {
-        if (j < R && !s->valid[b * R + j]) {
-            scores[j] = -INFINITY;
-            continue;
-        }
-        float sum = 0;
-        if (s->half) {
-            const uint16_t *key = j < R ? (const uint16_t *)s->keys + (at * R + j) * D : (const uint16_t *)s->k + at * D;
-            for (Py_ssize_t d = 0; d < D; d++) sum += q[d] * widen(key[d]);
-        } else {
-            const float *key = j < R ? (const float *)s->keys + (at * R + j) * D : (const float *)s->k + at * D;
-            for (Py_ssize_t d = 0; d < D; d++) sum += q[d] * key[d];
-        }
-        sum *= s->scale;
-        if (s->softcap > 0) sum = tanhf(sum / s->softcap) * s->softcap;
-        scores[j] = sum;
-        if (sum > top) top = sum;
-    }
+INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, const float *q, float *restrict out) {
+    const Py_ssize_t E = s->value_size, R = s->history, at = b * s->kv_heads + n;
+    const uint8_t *restrict valid = s->valid + b * R;
+    float *restrict scores = s->scratch, top = -INFINITY, mass = 0;
+    products(s, q, s->keys, at * R, R, scores);
+    products(s, q, s->k, at, 1, scores + R);
+    for (Py_ssize_t j = 0; j <= R; j++) scores[j] *= s->scale;
+    if (s->softcap > 0)
+        for (Py_ssize_t j = 0; j <= R; j++) scores[j] = tanhf(scores[j] / s->softcap) * s->softcap;
+    for (Py_ssize_t j = 0; j < R; j++) scores[j] = valid[j] ? scores[j] : -INFINITY;
+    for (Py_ssize_t j = 0; j <= R; j++) top = scores[j] > top ? scores[j] : top;
+    for (Py_ssize_t j = 0; j <= R; j++) scores[j] = exponential(scores[j] - top);
+    for (Py_ssize_t j = 0; j < R; j++) scores[j] = valid[j] ? scores[j] : 0;
+    for (Py_ssize_t j = 0; j <= R; j++) mass += scores[j];
     for (Py_ssize_t e = 0; e < E; e++) out[e] = 0;
-    for (Py_ssize_t j = 0; j <= R; j++) {
-        if (scores[j] == -INFINITY) continue;
-        const float weight = expf(scores[j] - top);
-        mass += weight;
-        if (s->half) {
-            const uint16_t *value =
-                j < R ? (const uint16_t *)s->values + (at * R + j) * E : (const uint16_t *)s->v + at * E;
-            for (Py_ssize_t e = 0; e < E; e++) out[e] += weight * widen(value[e]);
-        } else {
-            const float *value = j < R ? (const float *)s->values + (at * R + j) * E : (const float *)s->v + at * E;
-            for (Py_ssize_t e = 0; e < E; e++) out[e] += weight * value[e];
-        }
-    }
-    for (Py_ssize_t e = 0; e < E; e++) out[e] /= mass;
+    sums(s, scores, s->values, at * R, R, out);
+    sums(s, scores + R, s->v, at, 1, out);
+    const float over = 1 / mass;
+    for (Py_ssize_t e = 0; e < E; e++) out[e] *= over;
     return mass;
 }
 
 /* S and z of one memory take in a key: `phi` [F], `value` [E]. */
-static inline void fold(const Step *s, float *total, float *normalizer, const float *phi, const float *value) {
+INLINE void fold(const Step *s, float *restrict total, float *restrict normalizer, const float *restrict phi,
+                        const float *restrict value) {
     const Py_ssize_t F = s->features, E = s->value_size;
     for (Py_ssize_t f = 0; f < F; f++) {
         const float weight = phi[f];
-        float *line = total + f * E;
+        float *restrict line = total + f * E;
         for (Py_ssize_t e = 0; e < E; e++) line[e] += weight * value[e];
-        normalizer[f] += weight;
     }
+    for (Py_ssize_t f = 0; f < F; f++) normalizer[f] += phi[f];
 }
 
-/* Linear attention of one query: numerator [E]; returns the denominator. */
-static inline float linear(const Step *s, const float *total, const float *normalizer, const float *phi, float *out) {
+/* `fold`, then `linear` of the one query that reads this memory, in one pass over S. */
+INLINE float fold_and_read(const Step *s, float *restrict total, float *restrict normalizer, const float *restrict key,
+                           const float *restrict value, const float *restrict phi, float *restrict out) {
     const Py_ssize_t F = s->features, E = s->value_size;
     float denominator = 0;
+    for (Py_ssize_t f = 0; f < F; f++) normalizer[f] += key[f];
+    for (Py_ssize_t f = 0; f < F; f++) denominator += phi[f] * normalizer[f];
     for (Py_ssize_t e = 0; e < E; e++) out[e] = 0;
-    for (Py_ssize_t f = 0; f < F; f++) {
-        const float weight = phi[f];
-        const float *line = total + f * E;
-        for (Py_ssize_t e = 0; e < E; e++) out[e] += weight * line[e];
-        denominator += weight * normalizer[f];
+    Py_ssize_t f = 0;
+    for (; f + 4 <= F; f += 4) {
+        float *restrict a = total + f * E, *restrict b = a + E, *restrict c = b + E, *restrict d = c + E;
+        for (Py_ssize_t e = 0; e < E; e++) {
+            const float v = value[e], w = a[e] + key[f] * v, x = b[e] + key[f + 1] * v;
+            const float y = c[e] + key[f + 2] * v, z = d[e] + key[f + 3] * v;
+            a[e] = w, b[e] = x, c[e] = y, d[e] = z;
+            out[e] += phi[f] * w + phi[f + 1] * x + phi[f + 2] * y + phi[f + 3] * z;
+        }
     }
+    for (; f < F; f++)
+        for (Py_ssize_t e = 0; e < E; e++) {
+            total[f * E + e] += key[f] * value[e];
+            out[e] += phi[f] * total[f * E + e];
+        }
     return denominator;
 }
 
-static inline void shift(void *base, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t width, const void *fresh, int half) {
+/* Linear attention of one query: numerator [E]; returns the denominator. */
+INLINE float linear(const Step *s, const float *restrict total, const float *restrict normalizer,
+                           const float *restrict phi, float *restrict out) {
+    const Py_ssize_t F = s->features, E = s->value_size;
+    float denominator = 0;
+    for (Py_ssize_t f = 0; f < F; f++) denominator += phi[f] * normalizer[f];
+    for (Py_ssize_t e = 0; e < E; e++) out[e] = 0;
+    Py_ssize_t f = 0;
+    for (; f + 4 <= F; f += 4) {
+        const float *restrict a = total + f * E, *restrict b = a + E, *restrict c = b + E, *restrict d = c + E;
+        for (Py_ssize_t e = 0; e < E; e++)
+            out[e] += phi[f] * a[e] + phi[f + 1] * b[e] + phi[f + 2] * c[e] + phi[f + 3] * d[e];
+    }
+    for (; f < F; f++)
+        for (Py_ssize_t e = 0; e < E; e++) out[e] += phi[f] * total[f * E + e];
+    return denominator;
+}
+
+INLINE void shift(void *base, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t width, const void *fresh, int half) {
     const size_t bytes = (size_t)width * (half ? 2 : 4);
     char *start = (char *)base + (size_t)at * rows * bytes;
     memmove(start, start + bytes, (size_t)(rows - 1) * bytes);
     memcpy(start + (size_t)(rows - 1) * bytes, (const char *)fresh + (size_t)at * bytes, bytes);
 }
 
-CLONES static void run(const Step *s) {
+/* All query heads of one memory, m of row b. */
+INLINE void memory(const Step *s, Py_ssize_t b, Py_ssize_t m) {
     const Py_ssize_t H = s->kv_heads * s->groups, E = s->value_size, F = s->features, share = H / s->memories;
-    float *near = s->scratch + s->history + 1, *far = near + E;
+    float *restrict near = s->scratch + s->history + 1, *restrict far = near + E;
+    float *total = s->total + (b * s->memories + m) * F * E;
+    float *normalizer = s->normalizer + (b * s->memories + m) * F;
+    const float *phi = s->fold_phi + (b * s->memories + m) * F;
+    const float *value = s->fold_v + (b * s->kv_heads + m * s->kv_heads / s->memories) * E;
+    const int alone = !s->lagging && share == 1;
+    if (!s->lagging && !alone) fold(s, total, normalizer, phi, value);
+    for (Py_ssize_t h = m * share; h < (m + 1) * share; h++) {
+        const Py_ssize_t at = b * H + h;
+        const float mass = window(s, b, h / s->groups, s->q + at * s->size, near);
+        const float *phi_q = s->phi_q + at * F;
+        const float sum = alone ? fold_and_read(s, total, normalizer, phi, value, phi_q, far)
+                                : linear(s, total, normalizer, phi_q, far);
+        float *restrict out = s->out + at * E, gate = s->gate ? s->gate[at] : s->weight;
+        if (s->shared) {
+            const float factor = gate * mass, over = 1 / floored(sum + factor, s->epsilon);
+            for (Py_ssize_t e = 0; e < E; e++) out[e] = (factor * near[e] + far[e]) * over;
+        } else {
+            if (s->lagging && s->folded[b] <= 0) gate = 1; /* linear attention has no key to see yet */
+            const float rest = (1 - gate) / floored(sum, s->epsilon);
+            for (Py_ssize_t e = 0; e < E; e++) out[e] = gate * near[e] + rest * far[e];
+        }
+    }
+    if (s->lagging) fold(s, total, normalizer, phi, value);
+}
+
+CLONES static void run(const Step *s) {
+    const Py_ssize_t share = s->memories / s->kv_heads, R = s->history;
     for (Py_ssize_t b = 0; b < s->batch; b++) {
-        for (Py_ssize_t m = 0; m < s->memories; m++) {
-            float *total = s->total + (b * s->memories + m) * F * E;
-            float *normalizer = s->normalizer + (b * s->memories + m) * F;
-            const float *phi = s->fold_phi + (b * s->memories + m) * F;
-            const float *value = s->fold_v + (b * s->kv_heads + m * s->kv_heads / s->memories) * E;
-            if (!s->lagging) fold(s, total, normalizer, phi, value);
-            for (Py_ssize_t h = m * share; h < (m + 1) * share; h++) {
-                const Py_ssize_t at = b * H + h;
-                const float mass = window(s, b, h / s->groups, s->q + at * s->size, near);
-                const float sum = linear(s, total, normalizer, s->phi_q + at * F, far);
-                float *out = s->out + at * E, gate = s->gate[at];
-                if (s->shared) {
-                    const float factor = gate * mass, over = 1 / floored(sum + factor, s->epsilon);
-                    for (Py_ssize_t e = 0; e < E; e++) out[e] = (factor * near[e] + far[e]) * over;
-                } else {
-                    if (s->sees && !s->sees[b]) gate = 1;
-                    const float rest = (1 - gate) / floored(sum, s->epsilon);
-                    for (Py_ssize_t e = 0; e < E; e++) out[e] = gate * near[e] + rest * far[e];
-                }
-            }
-            if (s->lagging) fold(s, total, normalizer, phi, value);
-        }
         for (Py_ssize_t n = 0; n < s->kv_heads; n++) {
-            shift(s->keys, b * s->kv_heads + n, s->history, s->size, s->k, s->half);
-            shift(s->values, b * s->kv_heads + n, s->history, E, s->v, s->half);
+            for (Py_ssize_t m = n * share; m < (n + 1) * share; m++) memory(s, b, m);
+            /* moved while they are in the first cache still */
+            shift(s->keys, b * s->kv_heads + n, R, s->size, s->k, s->half);
+            shift(s->values, b * s->kv_heads + n, R, s->value_size, s->v, s->half);
         }
-        memmove(s->valid + b * s->history, s->valid + b * s->history + 1, (size_t)(s->history - 1));
-        s->valid[(b + 1) * s->history - 1] = 1;
+        s->folded[b] += s->lagging ? s->valid[b * R] : 1;
+        memmove(s->valid + b * R, s->valid + b * R + 1, (size_t)(R - 1));
+        s->valid[(b + 1) * R - 1] = 1;
     }
 }
 
 static PyObject *step(PyObject *self, PyObject *args) {
     Step s;
-    unsigned long long p[15];
+    unsigned long long p[14];
     int ok = PyArg_ParseTuple(
-        args, "(nnnnnnnn)(KKKKKKKKKKKKKKK)(fff)(ppp)", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history, &s.size,
-        &s.value_size, &s.features, &p[0], &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9], &p[10], &p[11],
-        &p[12], &p[13], &p[14], &s.scale, &s.softcap, &s.epsilon, &s.half, &s.lagging, &s.shared);
+        args, "(nnnnnnnn)(KKKKKKKKKKKKKK)(ffff)(ppp)", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
+        &s.size, &s.value_size, &s.features, &p[0], &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9],
+        &p[10], &p[11], &p[12], &p[13], &s.scale, &s.softcap, &s.epsilon, &s.weight, &s.half, &s.lagging, &s.shared);
     (void)self;
     if (!ok) return NULL;
     s.q = (const float *)(uintptr_t)p[0];
@@ -168,12 +272,14 @@ static PyObject *step(PyObject *self, PyObject *args) {
     s.valid = (uint8_t *)(uintptr_t)p[9];
     s.total = (float *)(uintptr_t)p[10];
     s.normalizer = (float *)(uintptr_t)p[11];
-    s.out = (float *)(uintptr_t)p[12];
-    s.scratch = (float *)(uintptr_t)p[13];
-    s.sees = (const uint8_t *)(uintptr_t)p[14];
+    s.folded = (int64_t *)(uintptr_t)p[12];
+    s.out = (float *)(uintptr_t)p[13];
+    s.scratch = malloc(sizeof(float) * (size_t)(s.history + 1 + 2 * s.value_size));
+    if (!s.scratch) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     run(&s);
     Py_END_ALLOW_THREADS
+    free(s.scratch);
     Py_RETURN_NONE;
 }
 

@@ -1,0 +1,44 @@
+"""Which calls the kernels take, and which of the kernels a call needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equipoise.ops import step
+from equipoise.ops.stream import unsupported as unsupported_by_stream
+from equipoise.ops.triton import backward, decode, forward
+from equipoise.ops.triton.interpreting import interpreting, mend
+from equipoise.ops.types import AttentionState, Call
+
+LARGEST = 256
+"""Largest head_dim that a program holds at once."""
+
+if interpreting():
+    mend()
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernels cannot take a call; None if they can. Their limits are those of `equipoise.ops.stream`,
+    and a device."""
+    device, dtype = call.q.device.type, call.q.dtype
+    if interpreting():
+        if device != "cpu":
+            return "on an accelerator while TRITON_INTERPRET is set"
+    elif device != "cuda":
+        return f"on {device!r}: kernels need CUDA, or TRITON_INTERPRET=1 in the environment from the start"
+    elif dtype == torch.float64:
+        return "float64 on an accelerator"
+    if max(call.q.shape[3], call.v.shape[3]) > LARGEST:
+        return f"head_dim above {LARGEST}"
+    return unsupported_by_stream(call)
+
+
+def run(call: Call, output_final_state: bool, *, gradient: bool) -> tuple[Tensor, AttentionState | None]:
+    """Run a supported call; with gradients there is no state on either end."""
+    if gradient:
+        return backward.run(call), None
+    if step.supports(call):
+        out, state = decode.run(call)
+        return out, state if output_final_state else None
+    return forward.run(call, output_final_state)

@@ -1,0 +1,191 @@
+"""One call made ready for the kernels: tensors on one axis, masks as numbers, sizes as constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from equipoise.ops.stream import Stream, Weights
+from equipoise.ops.stream_forward import mixing_weights
+from equipoise.ops.tokens import Tokens, index_tokens
+from equipoise.ops.triton.configs import Config, config_for
+from equipoise.ops.types import AttentionState, Call, FeatureMapLike
+
+TYPES = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}  # fmt: skip
+"""Triton's names of the types that numbers may have."""
+
+
+class Tracked(Stream):
+    """`Stream`'s account of tokens, weights and state, without its passes over q, k and v.
+
+    Kernels leave padding out as they load, and a look at whether any is there would wait for the device.
+    """
+
+    @staticmethod
+    def _clean(tensor: Tensor, mask: Tensor | None) -> Tensor:
+        return tensor
+
+    def _tokens(self) -> Tokens:
+        call = self.call
+        return index_tokens(
+            batch=self.batch, length=self.length, device=call.q.device, key_mask=call.key_mask,
+            segment_ids=call.segment_ids, state=call.state, sinks=0, layout=call.layout,
+        )  # fmt: skip
+
+    def state(self, sums: Tensor | None, normalizer: Tensor | None) -> AttentionState:
+        """The state after the last token; what stands in padding is 0 in it."""
+        state = self.final_state(sums, normalizer)
+        absent = ~state.valid[:, None, :, None]
+        features = state.features
+        return replace(
+            state, keys=state.keys.masked_fill(absent, 0), values=state.values.masked_fill(absent, 0),
+            features=None if features is None else features.masked_fill(absent, 0),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernels of one call need; k, v, valid and segments lie on the axis X of history and call.
+
+    Attributes:
+        phi_shift: how many tokens of the axis X lie before the first of phi_k.
+        weights: of the branches, [B, H, T] with any strides.
+        first_segment: segment of the sums that the call starts with [B].
+    """
+
+    tracked: Tracked
+    config: Config
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor | None
+    phi_k: Tensor | None
+    phi_shift: int
+    weights: Weights
+    valid: Tensor | None
+    segments: Tensor | None
+    first_segment: Tensor | None
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.tracked.length, self.config.chunk)
+
+    @property
+    def features(self) -> int:
+        return 1 if self.phi_k is None else self.phi_k.shape[-1]
+
+    @property
+    def memories(self) -> int:
+        return self.tracked.kv_heads if self.phi_k is None else self.phi_k.shape[1]
+
+    def blocks(self) -> dict[str, int]:
+        """Sizes of the dimensions and the powers of two that hold them."""
+        sizes = self.tracked.size, self.tracked.value_size
+        return {
+            "D": sizes[0], "E": sizes[1], "F": self.features, "BLOCK_D": padded(sizes[0]),
+            "BLOCK_E": padded(sizes[1]), "BLOCK_F": min(self.config.features, padded(self.features)),
+            "BLOCK_Q": self.config.queries, "BLOCK_K": self.config.keys, "CHUNK": self.config.chunk,
+        }  # fmt: skip
+
+    def flags(self) -> dict[str, Any]:
+        """Which parts of a kernel are compiled in, and the types it computes in."""
+        call = self.tracked.call
+        return {
+            "HAS_VALID": self.valid is not None, "HAS_SEGMENTS": self.segments is not None,
+            "HAS_CAP": call.softcap is not None, "LAGGING": call.lagging, "SHARED": self.tracked.shared,
+            "HAS_WINDOW": call.window is not None and self.weights.window is not None,
+            "HAS_LINEAR": self.phi_k is not None and (self.tracked.shared or self.weights.linear is not None),
+            "OPERAND": self.operand, "SUM": TYPES[self.tracked.dtype],
+        }  # fmt: skip
+
+    @property
+    def operand(self) -> Any:
+        """What products of features are computed in; float16 could not hold them."""
+        dtype = self.tracked.call.q.dtype
+        return tl.float32 if dtype == torch.float16 else TYPES[dtype]
+
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages}
+
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """valid, segments and first segment; any tensor where there are none: it is never read."""
+        absent = self.q
+        found = (self.valid, self.segments, self.first_segment)
+        return cast("tuple[Tensor, Tensor, Tensor]", tuple(absent if x is None else x for x in found))
+
+
+def padded(size: int) -> int:
+    """The power of two a dimension is held in; products need 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def plan(call: Call, weights: Weights | None = None) -> Plan:
+    """Make a call ready; weights of the branches are computed unless given."""
+    tracked = Tracked(call)
+    weights = weights or mixing_weights(tracked)
+    state, tokens = call.state, tracked.tokens
+    k, v = call.k, call.v
+    if state is not None:
+        k, v = torch.cat([state.keys, k], 2), torch.cat([state.values, v], 2)
+    segments = tokens.segments
+    first_segment = None
+    if segments is not None:
+        first_segment = torch.full_like(segments[:, 0], -1, dtype=torch.int32)
+        if state is not None and state.folded_segment is not None:
+            first_segment = state.folded_segment.to(torch.int32).contiguous()
+        segments = segments.to(torch.int32).contiguous()
+    phi_k, shift = _key_features(call, k, tracked.past)
+    return Plan(
+        tracked=tracked, config=config_for(call.q.dtype), q=plain(call.q), k=plain(k), v=plain(v),
+        phi_q=_query_features(call), phi_k=phi_k, phi_shift=shift, weights=_rows(weights, tracked),
+        valid=None if tokens.valid is None else tokens.valid.to(torch.int8).contiguous(), segments=segments,
+        first_segment=first_segment,
+    )  # fmt: skip
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous; the others may have any strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _rows(weights: Weights, tracked: Tracked) -> Weights:
+    """[B, H, T or 1, 1] -> [B, H, T], without a copy."""
+    shape = (tracked.batch, tracked.heads, tracked.length)
+    found = (
+        None if w is None else w[..., 0].to(tracked.dtype).expand(shape)
+        for w in (weights.window, weights.linear)
+    )
+    return Weights(*found)
+
+
+def mapped(phi: FeatureMapLike, tokens: Tensor, call: Call) -> Tensor:
+    """Features of all tokens, computed as `equipoise.ops.walk` does and rounded to what products use."""
+    features = phi(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
+    return features.to(torch.bfloat16) if call.q.dtype == torch.bfloat16 else features
+
+
+def _query_features(call: Call) -> Tensor | None:
+    if call.phi_q is None or isinstance(call.phi_q, Tensor):
+        return None if call.phi_q is None else plain(call.phi_q)
+    return plain(mapped(call.phi_q, call.q, call))
+
+
+def _key_features(call: Call, keys: Tensor, past: int) -> tuple[Tensor | None, int]:
+    """phi(k), and how many tokens of the axis X come before its first; overlap never looks back at one."""
+    phi, state = call.phi_k, call.state
+    if phi is None:
+        return None, 0
+    if not isinstance(phi, Tensor):
+        return plain(mapped(phi, keys if call.lagging else call.k, call)), 0 if call.lagging else past
+    if state is None or not call.lagging:
+        return plain(phi), past
+    assert state.features is not None
+    return torch.cat([state.features.to(phi.dtype), phi], 2), 0

@@ -1,0 +1,228 @@
+"""The donor of the recall demo, and the text it is trained on: pairs of key and value embedded in code.
+
+The demo's donor is continued on such text until its softmax attention recalls values from anywhere in 512
+tokens. Keys and answers kept for the questions are never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from transformers import (
+    AutoConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from equipoise import __version__
+from equipoise.data.packing import collate
+from equipoise.data.sources import load_documents
+from equipoise.data.token_cache import default_cache_dir
+from equipoise.demo_donor import DonorSettings, MuonAndAdamW, cached_donor
+from equipoise.evaluate.recall_examples import spread
+from equipoise.evaluate.recall_tasks import PAIR, Draw, RecallSettings
+from equipoise.evaluate.recall_text import Haystack, Ids, insert, word_tokens
+from equipoise.models.load import load_tokenizer
+from equipoise.train.progress import ProgressReport
+
+CONTEXT = 512
+PAIRS = RecallSettings(needles=10, answer_words=2, key_words=2, wording="pairs")
+
+
+@dataclass(frozen=True)
+class RecallDonorSettings:
+    """How the demo's donor is continued.
+
+    Attributes:
+        base: the donor it starts from.
+        repeat_steps: steps on text whose pieces come twice: where attention learns to look things up. (The
+            base donor cannot: its loss on repeated tokens is that on new ones.)
+        pair_steps: steps on text with pairs.
+        batch_size: rows of 512 tokens a step.
+        learning_rate, embedding_learning_rate: of the matrices and of the rest.
+        rope_theta: slower rotation than the base's 1e4, for the longer context.
+        seed: of the data.
+    """
+
+    base: DonorSettings = field(default_factory=DonorSettings)
+    repeat_steps: int = 160
+    pair_steps: int = 240
+    batch_size: int = 8
+    learning_rate: float = 1e-2
+    embedding_learning_rate: float = 4e-3
+    rope_theta: float = 1e5
+    seed: int = 0
+
+
+# ---- text with pairs
+
+
+def held_out(words: Ids) -> bool:
+    """Whether a key or an answer is kept for the questions: one in four, by a hash."""
+    return zlib.crc32(repr(words).encode()) % 4 == 0
+
+
+def not_held_out(words: Ids) -> bool:
+    """Whether it may be trained on."""
+    return not held_out(words)
+
+
+@dataclass
+class PairText:
+    """Draws texts with embedded pairs; any index gives the same text for the same seed.
+
+    Attributes:
+        tokenizer, words, haystack: of the donor.
+        seed: of the texts.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    words: Ids
+    haystack: Haystack
+    seed: int
+    pieces: dict[str, Ids] = field(default_factory=dict[str, Ids])
+
+    def pairs(self, index: int, length: int = CONTEXT) -> NDArray[np.int64]:
+        """Text with pairs, each shown once and asked once; or fewer pairs, repeated several times."""
+        rng = random.Random(f"pairs {self.seed} {index}")
+        draw = Draw(self.tokenizer, self.words, PAIRS, rng, not_held_out, self.pieces)
+        once = rng.random() < 0.5
+        count, times = (PAIRS.needles, 2) if once else (rng.randint(5, 8), rng.randint(4, 6))
+        keys, answers, _ = draw.keys_and_answers(count, count)
+        stated = [draw.fill(PAIR, key=k, value=a)[0] for k, a in zip(keys, answers, strict=True)]
+        room = length - times * sum(map(len, stated))
+        text = self.haystack.stretch(rng.randrange(len(self.haystack.documents)), room, rng)
+        inserts: list[tuple[int, Ids]] = []
+        for piece in stated:
+            shares = [rng.random() for _ in range(times)]
+            if once:
+                distance = spread(rng.random(), rng.random() < 0.5, (len(piece), length - 2 * len(piece)))
+                first = rng.random() * (length - distance) / length
+                shares = [first, first + distance / length]
+            inserts += [(self.haystack.snap(text, int(share * room)), piece) for share in shares]
+        return insert(text, inserts)[0]
+
+    def repeated(self, index: int, length: int = CONTEXT) -> NDArray[np.int64]:
+        """Two stretches of text, each followed by its own pieces of 12 to 32 tokens in another order."""
+        rng, rows = random.Random(f"repeated {self.seed} {index}"), list[NDArray[np.int64]]()
+        for _ in range(2):
+            half = self.haystack.stretch(rng.randrange(len(self.haystack.documents)), length // 4, rng)
+            cuts = [0]
+            while cuts[-1] < len(half):
+                cuts.append(min(len(half), cuts[-1] + rng.randint(12, 32)))
+            parts = [half[low:high] for low, high in pairwise(cuts)]
+            rng.shuffle(parts)
+            rows += [half, *parts]
+        return np.concatenate(rows)
+
+    def document(self, index: int) -> str:
+        """Text with pairs that is 511 tokens long again when it is read: with its end one row of 512."""
+        untyped: Any = self.tokenizer
+        text = str(untyped.decode(self.pairs(index, CONTEXT + 8).tolist()))
+        encoded = untyped(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        return text[: offsets[min(len(offsets), CONTEXT - 1) - 1][1]]
+
+
+def pair_text(donor: Path, *, split: str, seed: int) -> PairText:
+    """Texts of a split of the standard library, in the donor's tokens."""
+    tokenizer = load_tokenizer(str(donor))
+    vocabulary = int(AutoConfig.from_pretrained(donor).vocab_size)
+    haystack = Haystack.of(load_documents("stdlib", split=split)["text"], tokenizer, vocabulary)
+    return PairText(tokenizer, word_tokens(tokenizer, vocabulary), haystack, seed)
+
+
+def write_documents(texts: PairText, path: Path, count: int) -> None:
+    """The training data of the conversions, one text a line."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for index in range(count):
+            file.write(json.dumps({"text": texts.document(index)}) + "\n")
+
+
+# ---- the donor
+
+
+class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Repeated text first, then text with pairs, in this order."""
+
+    def __init__(self, texts: PairText, settings: RecallDonorSettings) -> None:
+        self.texts, self.repeats = texts, settings.repeat_steps * settings.batch_size
+        self.length = self.repeats + settings.pair_steps * settings.batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.texts.repeated(index) if index < self.repeats else self.texts.pairs(index)
+        tokens = torch.from_numpy(row)
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class _InOrder(Trainer):
+    """Trainer that does not shuffle: the order of the rows is the curriculum."""
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+
+def recall_donor(settings: RecallDonorSettings, console: Console) -> Path:
+    """Directory of the continued donor, trained if it is not in the cache yet."""
+    base = cached_donor(settings.base, console)
+    known = [asdict(settings), asdict(PAIRS), CONTEXT, base.name, torch.__version__, __version__]
+    place = base.parent / ("recall-" + hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16])
+    if (place / "config.json").is_file():
+        console.print(f"recall donor: {place} (cached)", soft_wrap=True)
+        return place
+    model, texts = continue_donor(base, settings, console), pair_text(base, split="train", seed=settings.seed)
+    staging = place.with_name(place.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    texts.tokenizer.save_pretrained(staging)
+    staging.replace(place)
+    return place
+
+
+def continue_donor(base: Path, settings: RecallDonorSettings, console: Console) -> LlamaForCausalLM:
+    """Train the base donor on, with transformers' Trainer."""
+    set_seed(settings.seed)
+    config: Any = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_theta": settings.rope_theta, "rope_type": "default"}
+    model = LlamaForCausalLM.from_pretrained(base, config=config)
+    rows = _Rows(pair_text(base, split="train", seed=settings.seed), settings)
+    steps = settings.repeat_steps + settings.pair_steps
+    arguments = TrainingArguments(
+        output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=steps,
+        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=10,
+        lr_scheduler_kwargs={"num_decay_steps": max(1, settings.pair_steps // 2)}, max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(), seed=settings.seed, remove_unused_columns=False, report_to=[],
+        disable_tqdm=True, save_strategy="no", logging_steps=10, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rates = DonorSettings(
+        learning_rate=settings.learning_rate, embedding_learning_rate=settings.embedding_learning_rate
+    )
+    callbacks: list[TrainerCallback] = [ProgressReport(console, "recall donor")]
+    trainer = _InOrder(
+        model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks,
+        optimizers=(MuonAndAdamW(model, rates), None),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return model.eval()

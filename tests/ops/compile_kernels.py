@@ -1,0 +1,94 @@
+"""Compile every Triton kernel for Hopper, without a device: `python compile_kernels.py [head_dim features]`.
+
+Prints shared memory and, where the compiler's tool is at hand, registers and stack of each. The interpreter
+takes more than the compiler does, so passing there is not enough. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from equipoise.ops.triton import backward_kernels, forward_kernels, key_kernels, step_kernel
+from equipoise.ops.triton.configs import CONFIGS, Config
+
+KERNELS = (
+    forward_kernels.fold_kernel, forward_kernels.attend_kernel, backward_kernels.rows_kernel,
+    backward_kernels.unfold_kernel, key_kernels.window_keys_kernel, key_kernels.linear_keys_kernel,
+    step_kernel.step_kernel,
+)  # fmt: skip
+INPUTS = {
+    "q", "k", "v", "phi_q", "phi_k", "out", "grad", "grad_q", "grad_k", "grad_phi_q", "grad_phi_k", "keys",
+    "values", "features", "new_keys", "new_values", "new_features",
+}  # fmt: skip
+SUMS = {
+    "weight_window", "weight_linear", "initial", "initial_z", "states", "states_z", "final", "final_z",
+    "shifts", "pulls", "drifts", "excesses", "far_pulls", "far_drifts", "grads", "grads_z", "grad_v",
+    "grad_window", "grad_linear", "sums", "totals", "new_sums", "new_totals", "gate",
+}  # fmt: skip
+OTHERS = {
+    "valid": "*i8", "new_valid": "*i8", "segments": "*i32", "first_segment": "*i32", "largest": "*i32",
+    "folded": "*i64", "new_folded": "*i64", "scale": "fp32", "softcap": "fp32",
+}  # fmt: skip
+
+
+def constants(kernel: Any, config: Config, size: int, features: int, operand: Any, shared: bool) -> dict:
+    """What a kernel is compiled with."""
+    known = {
+        "D": size, "E": size, "F": features, "BLOCK_D": size, "BLOCK_E": size, "CHUNK": config.chunk,
+        "BLOCK_F": min(config.features, features), "BLOCK_Q": config.queries, "BLOCK_K": config.keys,
+        "R": 63, "BLOCK_R": 64, "HEADS": 16, "OPERAND": operand, "SUM": tl.float32, "SHARED": shared,
+        "LAGGING": shared,
+    }  # fmt: skip
+    if kernel.fn.__name__ in ("fold_kernel", "unfold_kernel", "step_kernel"):
+        known["BLOCK_E"] = 32
+    return {name: known.get(name, True) for name in kernel.arg_names if name.isupper() and name not in "HNM"}
+
+
+def compiled(kernel: Any, config: Config, size: int, features: int, kind: str, shared: bool) -> str:
+    """One line about the compiled kernel."""
+    operand = tl.bfloat16 if kind == "bf16" else tl.float32
+    fixed = constants(kernel, config, size, features, operand, shared)
+
+    def type_of(name: str) -> str:
+        if name in INPUTS:
+            return f"*{kind}"
+        return "*fp32" if name in SUMS else OTHERS.get(name, "i32")
+
+    signature = {name: "constexpr" if name in fixed else type_of(name) for name in kernel.arg_names}
+    pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    source = ASTSource(
+        kernel, signature, constexprs=fixed, attrs={(i,): [["tt.divisibility", 16]] for i in pointers}
+    )
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    line = f"{kernel.fn.__name__} {kind} shared memory {result.metadata.shared}"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(result.asm["cubin"])
+            file.flush()
+            printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        line += "".join(f" {x.strip()}" for x in printed.splitlines() if "REG" in x)
+    return line
+
+
+def main(size: int, features: int) -> None:
+    """16-bit numbers in every configuration, float32 in the one meant for it."""
+    for config in CONFIGS:
+        for kernel in KERNELS:
+            for shared in (False, True):
+                kind = "fp32" if config is CONFIGS[-1] else "bf16"
+                print(config.chunk, config.keys, compiled(kernel, config, size, features, kind, shared))
+
+
+if __name__ == "__main__":
+    main(*(int(x) for x in sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""The recall demo: what it trains on and asks, and once in small for its plumbing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from equipoise.evaluate.recall_text import Haystack, word_tokens
+from equipoise.recall_demo import RECIPES, REFERENCE, recall_recipe, run_recall_demo
+from equipoise.recall_donor import CONTEXT, PairText, RecallDonorSettings, held_out, not_held_out
+from equipoise.train.convert import OutputError
+
+# enough different words for keys and answers, one token each
+WORDS = [
+    a + b
+    for a in ("red", "blue", "green", "old", "new", "wild")
+    for b in ("cat", "dog", "fox", "hen", "owl", "cow")
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> PairText:
+    from equipoise.demo_donor import train_tokenizer
+
+    source = ["\n".join(" ".join(["do", *WORDS[i:], *WORDS[:i]]) for i in range(36)) for _ in range(8)]
+    tokenizer = train_tokenizer(source, 700)
+    haystack = Haystack.of(source, tokenizer, len(tokenizer))
+    return PairText(tokenizer, word_tokens(tokenizer, len(tokenizer)), haystack, seed=0)
+
+
+def test_every_trained_recipe_sees_the_same_tokens_at_the_same_rates(tmp_path: Path) -> None:
+    runs = [recall_recipe(name, tmp_path, 40) for name in RECIPES]
+    for run in runs:
+        stages = [stage for stage in (run.transfer, run.finetune) if stage is not None]
+        assert sum((stage.max_steps or 0) * stage.batch_size for stage in stages) == 40 * 8
+        assert run.hybrid is not None
+        assert run.hybrid.window == 16
+        assert run.data.context_length == CONTEXT
+        assert Path(run.data.source).parent == tmp_path
+    assert len({run.transfer.learning_rate for run in runs if run.transfer}) == 1
+    assert len({run.finetune.learning_rate for run in runs if run.finetune}) == 1
+    assert recall_recipe(REFERENCE, tmp_path).transfer is None
+
+
+def test_texts_have_their_pairs_twice_and_none_that_is_kept_for_the_questions(texts: PairText) -> None:
+    at = texts.tokenizer("\n@", add_special_tokens=False).input_ids
+    twice = 0
+    for index in range(20):
+        row = texts.pairs(index).tolist()
+        assert len(row) == CONTEXT
+        spots = [i for i in range(len(row) - 6) if row[i : i + len(at)] == at]
+        found = [tuple(row[i + len(at) : i + len(at) + 4]) for i in spots]
+        assert len(set(found)) * 2 <= len(found)
+        twice += len(set(found)) * 2 == len(found)
+        for pair in found:
+            assert not_held_out(pair[:2])
+            assert not_held_out(pair[2:])
+            assert not held_out(pair[:2])
+    assert 4 <= twice <= 16
+
+
+def test_a_document_fills_a_row_with_its_end(texts: PairText) -> None:
+    for index in range(5):
+        read = texts.tokenizer(texts.document(index), add_special_tokens=False).input_ids
+        assert len(read) == CONTEXT - 1
+    assert texts.document(3) == texts.document(3)
+
+
+def test_repeated_text_comes_twice(texts: PairText) -> None:
+    row = texts.repeated(0).tolist()
+    quarter = CONTEXT // 4
+    for start in (0, 2 * quarter):
+        assert sorted(row[start : start + quarter]) == sorted(row[start + quarter : start + 2 * quarter])
+
+
+def test_somebody_elses_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("three years")
+    with pytest.raises(OutputError, match="not empty"):
+        run_recall_demo(tmp_path, console=Console(quiet=True))
+    (tmp_path / "recall-demo.json").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        run_recall_demo(tmp_path, console=Console(quiet=True))
+    assert (tmp_path / "thesis.txt").read_text() == "three years"
+
+
+@pytest.mark.slow
+def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    tiny = RecallDonorSettings(repeat_steps=1, pair_steps=2, batch_size=2)
+    base = replace(tiny.base, steps=2, hidden_size=32, intermediate_size=64, layers=2, heads=2, batch_size=2)
+    settings = replace(tiny, base=base)
+    place = tmp_path / "recall"
+    for seeds in ((0,), (0, 1)):  # the second time over the first, with the donor from the cache
+        groups = run_recall_demo(
+            place, seeds=seeds, console=Console(quiet=True), settings=settings, budget=4, texts=3
+        )
+    assert [group.name for group in groups] == [*RECIPES, REFERENCE]
+    assert [len(group.runs) for group in groups] == [2, 2, 2, 1]
+    assert len(list((tmp_path / "cache" / "donors").glob("recall-*/config.json"))) == 1
+    data = json.loads((place / "recall.json").read_text(encoding="utf-8"))
+    assert len(data["items"]) == 3 * 10
+    own, reference = (data["groups"][i]["states"] for i in (2, 3))
+    assert own["both"]["reach"] == 2 * 15
+    # the reference is what the control of ssd is: the same window, the same answers
+    assert own["swa_sinks_equal_bytes"]["window"] * 2 - 2 == reference["both"]["reach"]
+    assert own["swa_sinks_equal_bytes"]["all"] == reference["both"]["all"] | {
+        "seeds": own["swa_sinks_equal_bytes"]["all"]["seeds"]
+    }
+    page = (place / "recall.html").read_text(encoding="utf-8")
+    assert "Which branch answers beyond every reach" in page
+    assert page.count("<svg") == 4
