@@ -11,7 +11,7 @@ from rich.console import Console
 
 from equipoise.evaluate.recall_text import Haystack, word_tokens
 from equipoise.recall_demo import RECIPES, REFERENCE, recall_recipe, run_recall_demo
-from equipoise.recall_donor import CONTEXT, PairText, RecallDonorSettings, held_out, not_held_out
+from equipoise.recall_donor import CONTEXT, PairText, RecallDonorSettings, held_out, not_held_out, pools
 from equipoise.train.convert import OutputError
 
 # enough different words for keys and answers, one token each
@@ -26,10 +26,10 @@ WORDS = [
 def texts() -> PairText:
     from equipoise.demo_donor import train_tokenizer
 
-    source = ["\n".join(" ".join(["do", *WORDS[i:], *WORDS[:i]]) for i in range(36)) for _ in range(8)]
-    tokenizer = train_tokenizer(source, 700)
+    source = ["\n".join(" ".join(["do", *WORDS[i:], *WORDS[:i]]) for i in range(40)) for _ in range(8)]
+    tokenizer = train_tokenizer(source, 900)
     haystack = Haystack.of(source, tokenizer, len(tokenizer))
-    return PairText(tokenizer, word_tokens(tokenizer, len(tokenizer)), haystack, seed=0)
+    return PairText(tokenizer, haystack, *pools(word_tokens(tokenizer, len(tokenizer))), seed=0)
 
 
 def test_every_trained_recipe_sees_the_same_tokens_at_the_same_rates(tmp_path: Path) -> None:

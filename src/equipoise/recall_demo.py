@@ -116,7 +116,7 @@ def questions(donor: Path, texts: int = TEXTS) -> list[Example]:
     made = pair_text(donor, split="validation", seed=0)
     return build_examples(
         "mqar", length=CONTEXT, count=texts, seed=0, tokenizer=made.tokenizer, haystack=made.haystack,
-        words=made.words, settings=PAIRS, accept=held_out,
+        words=made.words, keys=made.keys, settings=PAIRS, accept=held_out,
     )  # fmt: skip
 
 

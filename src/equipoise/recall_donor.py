@@ -43,6 +43,8 @@ from equipoise.models.load import load_tokenizer
 from equipoise.train.progress import ProgressReport
 
 CONTEXT = 512
+WORDS = 32
+"""Different words that keys are made of; as many others make the answers."""
 PAIRS = RecallSettings(needles=10, answer_words=2, key_words=2, wording="pairs")
 
 
@@ -89,20 +91,22 @@ class PairText:
     """Draws texts with embedded pairs; any index gives the same text for the same seed.
 
     Attributes:
-        tokenizer, words, haystack: of the donor.
+        tokenizer, haystack: of the donor.
+        keys, words: what keys and answers are made of.
         seed: of the texts.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    words: Ids
     haystack: Haystack
+    keys: Ids
+    words: Ids
     seed: int
     pieces: dict[str, Ids] = field(default_factory=dict[str, Ids])
 
     def pairs(self, index: int, length: int = CONTEXT) -> NDArray[np.int64]:
         """Text with pairs, each shown once and asked once; or fewer pairs, repeated several times."""
         rng = random.Random(f"pairs {self.seed} {index}")
-        draw = Draw(self.tokenizer, self.words, PAIRS, rng, not_held_out, self.pieces)
+        draw = Draw(self.tokenizer, self.words, PAIRS, rng, self.keys, not_held_out, self.pieces)
         once = rng.random() < 0.5
         count, times = (PAIRS.needles, 2) if once else (rng.randint(5, 8), rng.randint(4, 6))
         keys, answers, _ = draw.keys_and_answers(count, count)
@@ -146,7 +150,12 @@ def pair_text(donor: Path, *, split: str, seed: int) -> PairText:
     tokenizer = load_tokenizer(str(donor))
     vocabulary = int(AutoConfig.from_pretrained(donor).vocab_size)
     haystack = Haystack.of(load_documents("stdlib", split=split)["text"], tokenizer, vocabulary)
-    return PairText(tokenizer, word_tokens(tokenizer, vocabulary), haystack, seed)
+    return PairText(tokenizer, haystack, *pools(word_tokens(tokenizer, vocabulary)), seed)
+
+
+def pools(words: Ids) -> tuple[Ids, Ids]:
+    """Words of keys and words of answers: every other one of the first, which are the most frequent."""
+    return words[: 2 * WORDS : 2], words[1 : 2 * WORDS : 2]
 
 
 def write_documents(texts: PairText, path: Path, count: int) -> None:
@@ -185,7 +194,7 @@ class _InOrder(Trainer):
 def recall_donor(settings: RecallDonorSettings, console: Console) -> Path:
     """Directory of the continued donor, trained if it is not in the cache yet."""
     base = cached_donor(settings.base, console)
-    known = [asdict(settings), asdict(PAIRS), CONTEXT, base.name, torch.__version__, __version__]
+    known = [asdict(settings), asdict(PAIRS), WORDS, CONTEXT, base.name, torch.__version__, __version__]
     place = base.parent / ("recall-" + hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16])
     if (place / "config.json").is_file():
         console.print(f"recall donor: {place} (cached)", soft_wrap=True)

@@ -198,5 +198,5 @@ def in_words(bar: Bar, value: float | None) -> str:
     if bar.kind == "scratch":
         return f"{value / 1e6:.1f} MB ({bytes_in_words(round(value))})"
     if bar.kind == "memory":
-        return f"1/{1 / value:.3g}" if value > 0 else "0"
+        return f"1/{1 / value:,.{0 if value < 0.01 else 1}f}".replace(".0", "") if value > 0 else "0"
     return f"{value:.3g}x"

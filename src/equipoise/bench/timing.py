@@ -94,7 +94,9 @@ def race(contestants: Sequence[Contestant], *, rounds: int, budget: float, devic
                 continue
             last = runner.times.wall[-1] * runner.times.repeats if runner.times.wall else 0.0
             if runner.times.wall and runner.spent + last > budget:
-                runner.times.cut = f"{len(runner.times.wall)} of {rounds} rounds, for the budget of {budget:g} s"
+                runner.times.cut = (
+                    f"{len(runner.times.wall)} of {rounds} rounds, for the budget of {budget:g} s"
+                )
                 continue
             _round(runner, device)
     return {runner.name: runner.times for runner in runners}

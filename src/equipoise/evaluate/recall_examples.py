@@ -81,6 +81,7 @@ def build_examples(
     tokenizer: PreTrainedTokenizerBase,
     haystack: Haystack,
     words: Ids | None = None,
+    keys: Ids | None = None,
     settings: RecallSettings | None = None,
     accept: Callable[[Ids], bool] | None = None,
 ) -> list[Example]:
@@ -96,6 +97,7 @@ def build_examples(
         seed: of everything random.
         tokenizer, haystack: of the model; natural text in its tokens.
         words: what keys and answers are made of; `word_tokens` where None.
+        keys: what keys are made of, where they have words of their own.
         settings: how many needles and so on.
         accept: whether a key or an answer may be used; all where None.
 
@@ -111,7 +113,7 @@ def build_examples(
     examples: list[Example] = []
     for index in range(count):
         rng = random.Random(f"{seed} {task} {length} {index}")
-        draw = Draw(tokenizer, words, settings, rng, accept, pieces)
+        draw = Draw(tokenizer, words, settings, rng, keys, accept, pieces)
         plan = plan_of(draw)
         share = (strata[index // 2] + rng.random()) / len(strata)
         cluster = (seed + index) % len(haystack.documents)

@@ -107,6 +107,7 @@ class Draw:
 
     Attributes:
         tokenizer, words, settings, rng: what to draw from, and how.
+        keys: words that keys are made of; those of `words` that are left for them where None.
         accept: whether a key or an answer may be used, to keep some for another purpose; all where None.
         pieces: phrases in tokens, filled as they come up.
     """
@@ -115,6 +116,7 @@ class Draw:
     words: Ids
     settings: RecallSettings
     rng: random.Random
+    keys: Ids | None = None
     accept: Callable[[Ids], bool] | None = None
     pieces: dict[str, Ids] = field(default_factory=dict[str, Ids])
 
@@ -124,17 +126,19 @@ class Draw:
         Raises:
             RecallError: too few words.
         """
-        rest, drawn_keys = list(self.words), list[Ids]()
-        if len(rest) < keys * self.settings.key_words + LEAST_WORDS // 2:
+        size, needed = self.settings.answer_words, keys * self.settings.key_words
+        own, rest = list(self.words if self.keys is None else self.keys), list(self.words)
+        if len(own) < needed or len(rest) < (needed if self.keys is None else 0) + LEAST_WORDS // 2:
             raise RecallError(
-                f"expected at least {keys * self.settings.key_words + LEAST_WORDS // 2} words for keys and "
-                f"answers, got {len(rest)}: ask for fewer needles"
+                f"expected at least {needed} words for {keys} keys and {LEAST_WORDS // 2} more for answers, "
+                f"got {len(set(own) | set(rest))}: ask for fewer needles"
             )
+        drawn_keys: list[Ids] = []
         for _ in range(keys):
-            key = self._drawn(partial(self.rng.sample, rest, self.settings.key_words))
+            key = self._drawn(partial(self.rng.sample, own, self.settings.key_words))
             drawn_keys.append(key)
-            rest = [word for word in rest if word not in key]
-        size, drawn = self.settings.answer_words, dict[Ids, None]()
+            own, rest = ([word for word in words if word not in key] for words in (own, rest))
+        drawn: dict[Ids, None] = {}
         while len(drawn) < answers:
             drawn[self._drawn(partial(self.rng.choices, rest, k=size))] = None
         return drawn_keys, list(drawn), float(self.settings.options or len(rest) ** size)

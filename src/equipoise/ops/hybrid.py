@@ -10,6 +10,7 @@ from equipoise.ops import dispatch
 from equipoise.ops.checks import check_arguments
 from equipoise.ops.types import AttentionState, Branches, Call, FeatureMapLike, Layout
 
+_BOTH = Branches()
 CHUNK = 64
 """Queries a block. On CPU blocks of 64 keep the scratch memory in cache."""
 
@@ -79,7 +80,7 @@ def hybrid_attention(
     call = Call(
         q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, window=window, layout=layout, mixing=mixing, gate=gate,
         lagging=window is not None and not overlap, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches or Branches(),
+        softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches or _BOTH,
         sinks=sinks, state=initial_state, chunk_size=chunk_size, reuse_state=reuse_state,
     )  # fmt: skip
     check_arguments(call)

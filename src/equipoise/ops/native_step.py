@@ -70,7 +70,10 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
     memories, features = total.shape[1], total.shape[2]
     q, k, v, phi_q = _plain(call.q), call.k.contiguous(), call.v.contiguous(), _map(call.phi_q, call.q)
     if call.lagging:
-        fold_phi, fold_v = _map(call.phi_k, state.keys[:, :, :1]), _plain(state.values[:, :, :1])
+        fold_phi, fold_v = (
+            _map(call.phi_k, state.keys[:, :, :1]),
+            state.values[:, :, :1].to(torch.float32, copy=True).contiguous(),
+        )
         fold_phi = fold_phi * state.valid[:, None, :1, None]
     else:
         fold_phi, fold_v = _map(call.phi_k, call.k), _plain(v)

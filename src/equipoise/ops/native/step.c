@@ -207,44 +207,52 @@ INLINE void shift(void *base, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t width, 
     memcpy(start + (size_t)(rows - 1) * bytes, (const char *)fresh + (size_t)at * bytes, bytes);
 }
 
-/* All query heads of one memory, m of row b. */
-INLINE void memory(const Step *s, Py_ssize_t b, Py_ssize_t m) {
-    const Py_ssize_t H = s->kv_heads * s->groups, E = s->value_size, F = s->features, share = H / s->memories;
-    float *restrict near = s->scratch + s->history + 1, *restrict far = near + E;
-    float *total = s->total + (b * s->memories + m) * F * E;
-    float *normalizer = s->normalizer + (b * s->memories + m) * F;
-    const float *phi = s->fold_phi + (b * s->memories + m) * F;
-    const float *value = s->fold_v + (b * s->kv_heads + m * s->kv_heads / s->memories) * E;
-    const int alone = !s->lagging && share == 1;
-    if (!s->lagging && !alone) fold(s, total, normalizer, phi, value);
-    for (Py_ssize_t h = m * share; h < (m + 1) * share; h++) {
-        const Py_ssize_t at = b * H + h;
-        const float mass = window(s, b, h / s->groups, s->q + at * s->size, near);
-        const float *phi_q = s->phi_q + at * F;
-        const float sum = alone ? fold_and_read(s, total, normalizer, phi, value, phi_q, far)
-                                : linear(s, total, normalizer, phi_q, far);
-        float *restrict out = s->out + at * E, gate = s->gate ? s->gate[at] : s->weight;
-        if (s->shared) {
-            const float factor = gate * mass, over = 1 / floored(sum + factor, s->epsilon);
-            for (Py_ssize_t e = 0; e < E; e++) out[e] = (factor * near[e] + far[e]) * over;
-        } else {
-            if (s->lagging && s->folded[b] <= 0) gate = 1; /* linear attention has no key to see yet */
-            const float rest = (1 - gate) / floored(sum, s->epsilon);
-            for (Py_ssize_t e = 0; e < E; e++) out[e] = gate * near[e] + rest * far[e];
-        }
+/* The mix of one query head from its window [E] and linear attention [E]. */
+INLINE void mix(const Step *s, Py_ssize_t b, Py_ssize_t at, const float *restrict near, float mass,
+                const float *restrict far, float sum) {
+    const Py_ssize_t E = s->value_size;
+    float *restrict out = s->out + at * E, gate = s->gate ? s->gate[at] : s->weight;
+    if (s->shared) {
+        const float factor = gate * mass, over = 1 / floored(sum + factor, s->epsilon);
+        for (Py_ssize_t e = 0; e < E; e++) out[e] = (factor * near[e] + far[e]) * over;
+        return;
     }
-    if (s->lagging) fold(s, total, normalizer, phi, value);
+    if (s->lagging && s->folded[b] <= 0) gate = 1; /* linear attention has no key to see yet */
+    const float rest = (1 - gate) / floored(sum, s->epsilon);
+    for (Py_ssize_t e = 0; e < E; e++) out[e] = gate * near[e] + rest * far[e];
+}
+
+/* All query heads of one key head, n of row b. Its keys and values move on while they are in the first cache. */
+INLINE void key_head(const Step *s, Py_ssize_t b, Py_ssize_t n) {
+    const Py_ssize_t H = s->kv_heads * s->groups, E = s->value_size, F = s->features, R = s->history, G = s->groups;
+    const Py_ssize_t own = s->memories / s->kv_heads, share = H / s->memories;
+    float *far = s->scratch + R + 1, *near = far + E, *mass = near + G * E;
+    for (Py_ssize_t g = 0; g < G; g++)
+        mass[g] = window(s, b, n, s->q + (b * H + n * G + g) * s->size, near + g * E);
+    shift(s->keys, b * s->kv_heads + n, R, s->size, s->k, s->half);
+    shift(s->values, b * s->kv_heads + n, R, E, s->v, s->half);
+    const float *value = s->fold_v + (b * s->kv_heads + n) * E;
+    for (Py_ssize_t m = n * own; m < (n + 1) * own; m++) {
+        float *total = s->total + (b * s->memories + m) * F * E;
+        float *normalizer = s->normalizer + (b * s->memories + m) * F;
+        const float *phi = s->fold_phi + (b * s->memories + m) * F;
+        const int alone = !s->lagging && share == 1;
+        if (!s->lagging && !alone) fold(s, total, normalizer, phi, value);
+        for (Py_ssize_t h = m * share; h < (m + 1) * share; h++) {
+            const Py_ssize_t at = b * H + h, g = h - n * G;
+            const float *phi_q = s->phi_q + at * F;
+            const float sum = alone ? fold_and_read(s, total, normalizer, phi, value, phi_q, far)
+                                    : linear(s, total, normalizer, phi_q, far);
+            mix(s, b, at, near + g * E, mass[g], far, sum);
+        }
+        if (s->lagging) fold(s, total, normalizer, phi, value);
+    }
 }
 
 CLONES static void run(const Step *s) {
-    const Py_ssize_t share = s->memories / s->kv_heads, R = s->history;
+    const Py_ssize_t R = s->history;
     for (Py_ssize_t b = 0; b < s->batch; b++) {
-        for (Py_ssize_t n = 0; n < s->kv_heads; n++) {
-            for (Py_ssize_t m = n * share; m < (n + 1) * share; m++) memory(s, b, m);
-            /* moved while they are in the first cache still */
-            shift(s->keys, b * s->kv_heads + n, R, s->size, s->k, s->half);
-            shift(s->values, b * s->kv_heads + n, R, s->value_size, s->v, s->half);
-        }
+        for (Py_ssize_t n = 0; n < s->kv_heads; n++) key_head(s, b, n);
         s->folded[b] += s->lagging ? s->valid[b * R] : 1;
         memmove(s->valid + b * R, s->valid + b * R + 1, (size_t)(R - 1));
         s->valid[(b + 1) * R - 1] = 1;
@@ -274,7 +282,7 @@ static PyObject *step(PyObject *self, PyObject *args) {
     s.normalizer = (float *)(uintptr_t)p[11];
     s.folded = (int64_t *)(uintptr_t)p[12];
     s.out = (float *)(uintptr_t)p[13];
-    s.scratch = malloc(sizeof(float) * (size_t)(s.history + 1 + 2 * s.value_size));
+    s.scratch = malloc(sizeof(float) * (size_t)(s.history + 1 + s.value_size + s.groups * (s.value_size + 1)));
     if (!s.scratch) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     run(&s);
