@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.config import HybridConfig
-from equipoise.evaluate.recall_examples import Example, build_examples
+from equipoise.evaluate.recall_examples import Example, Item, build_examples
 from equipoise.evaluate.recall_results import Group, evaluate_recall, marked, recall_of
 from equipoise.evaluate.recall_running import CONTROL
 from equipoise.evaluate.recall_tasks import RecallSettings
@@ -53,7 +53,7 @@ def haystack(tokenizer: PreTrainedTokenizerFast) -> Haystack:
 @pytest.fixture(scope="module")
 def examples(tokenizer: PreTrainedTokenizerFast, haystack: Haystack) -> list[Example]:
     return build_examples(
-        "passkey", length=LENGTH, count=120, seed=1, tokenizer=tokenizer, haystack=haystack,
+        "passkey", length=LENGTH, count=240, seed=1, tokenizer=tokenizer, haystack=haystack,
         words=tuple(value_tokens(tokenizer)), settings=RecallSettings(answer_words=1),
     )  # fmt: skip
 
@@ -100,6 +100,10 @@ def asked(model: Any, examples: list[Example], *states: str) -> Group:
     return Group("relay", examples, [run])
 
 
+def everything(examples: list[Example]) -> list[Item]:
+    return [item for example in examples for question in example.questions for item in question.items]
+
+
 def numbers(group: Group, state: str) -> tuple[float, float]:
     """Recall within and beyond the state's reach."""
     seen = group.sights[state]
@@ -114,11 +118,12 @@ def test_windows_alone_recall_within_their_reach_and_guess_beyond(
 ) -> None:
     model = relay(tokenizer, feature_map=None)
     assert reach(model) == LAYERS * (WINDOW - 1) == 21
+    assert {21, 22} <= {item.distance for item in everything(examples)}  # both sides of the line
     group = asked(model, examples, "both", "softmax", "none")
     within, beyond = numbers(group, "both")
     assert within == 1.0
     assert beyond <= 0.15  # one in 26 is right without knowing
-    items = [item for example in examples for question in example.questions for item in question.items]
+    items = everything(examples)
     right = group.runs[0].answers["both"].right
     for item, given in zip(items, right, strict=True):  # to the token
         assert given == (item.distance <= 21 or item.answer == (value_tokens(tokenizer)[0],)), item

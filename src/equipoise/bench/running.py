@@ -104,7 +104,7 @@ def known_peers(theme: Theme) -> list[str]:
 
 CPU_SET: tuple[Plan, ...] = (
     Plan(theme="prefill", setting=BenchSetting(), against=("sdpa", "band"), budget=90.0),
-    Plan(theme="prefill", setting=BenchSetting(dtype="bfloat16"), against=("sdpa",), budget=90.0),
+    Plan(theme="prefill", setting=BenchSetting(dtype="bfloat16"), against=("sdpa",), budget=150.0),
     Plan(theme="prefill", setting=BenchSetting(features="maps"), lengths=(65536,), against=(), rounds=3),
     Plan(theme="train", setting=BenchSetting(), lengths=(4096, 16384), against=("sdpa",), rounds=3),
     Plan(theme="decode", setting=BenchSetting()),

@@ -93,7 +93,7 @@ def recall_command(
     equipoise recall out/ssd out/lolcats --lengths 1024,4096 --output out/recall
     """
     quieten()
-    from equipoise.evaluate.recall_report import recall_page, write_recall
+    from equipoise.evaluate.recall_report import summary, write_recall
     from equipoise.evaluate.recall_results import grouped
     from equipoise.evaluate.recall_tasks import RecallSettings
     from equipoise.train.convert import claimed
@@ -112,7 +112,8 @@ def recall_command(
         raise VerbError("interrupted; no report was written.", INTERRUPTED) from None
     console = results()
     print_groups(groups, console, resamples)
-    say(console, recall_page(groups, described).summary)
+    for group in groups:
+        say(console, summary(group, resamples))
     say(console, f"report: {paths['html']}\ndata:   {paths['json']}")
 
 
