@@ -41,6 +41,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None},
     "olmo2": {},
     "granite": {},
+    "gpt_neox": {},
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": 48},
+    "cohere2": {
+        "num_hidden_layers": 3, "sliding_window": 6, "logit_scale": 1.0,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "glm4": {},
+    "starcoder2": {},
+    "stablelm": {"qk_layernorm": True},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "experts_implementation": "eager",
+    },
+    # the second layer has no rotary embedding
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo3": {
+        "num_hidden_layers": 3, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "gemma": {},
+    "phi": {"qk_layernorm": True},
 }  # fmt: skip
 """What a tiny donor of each supported family needs beside the common sizes."""
 

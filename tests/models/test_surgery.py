@@ -71,6 +71,24 @@ def test_attention_dropout_is_refused() -> None:
         hybridize(tiny_model(attention_dropout=0.1), HybridConfig(window=5))
 
 
+def test_attention_dropout_under_gpt2s_name_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"attention dropout 0, got 0.1: load .* attn_pdrop=0.0"):
+        hybridize(tiny_model("gpt2", attn_pdrop=0.1), HybridConfig(window=5))
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "reason"),
+    [
+        ("gpt2", "add_cross_attention", "attends to an encoder too"),
+        ("gemma", "use_bidirectional_attention", "looks ahead"),
+    ],
+)
+def test_settings_that_change_what_attention_sees_are_refused(family: str, setting: str, reason: str) -> None:
+    model = tiny_model(family, **{setting: True})
+    with pytest.raises(ConversionError, match=rf"cannot convert this {family}: it {reason}.*{setting}"):
+        hybridize(model, HybridConfig(window=5))
+
+
 def test_converting_twice_is_refused() -> None:
     model = hybridize(tiny_model(), HybridConfig(window=5))
     with pytest.raises(ConversionError, match="converted already; call revert"):
@@ -118,7 +136,7 @@ TINY = {
                 "n_group": 1, "topk_group": 1,
             },
         ),
-        ("gpt_neox", "not among those tested here .*llama", {}),
+        ("opt", "not among those tested here .*llama", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     ],
 )  # fmt: skip
 def test_families_that_do_not_convert(model_type: str, reason: str, extra: dict[str, Any]) -> None:

@@ -148,8 +148,8 @@ AttentionMaskInterface.register(ATTENTION, equipoise_mask)
 def pass_cache(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Pre-hook of self_attn: the cache travels on through **kwargs."""
-    kwargs["equipoise_cache"] = kwargs.get("past_key_values")
+    """Pre-hook of self_attn: the cache travels on through **kwargs (GPT-NeoX still calls it layer_past)."""
+    kwargs["equipoise_cache"] = kwargs.get("past_key_values", kwargs.get("layer_past"))
     return args, kwargs
 
 

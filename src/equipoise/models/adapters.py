@@ -40,9 +40,15 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Iterable[str
         ValueError: no module of the model has one of the names (peft's message lists them).
     """
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     scaling: Any = alpha  # peft's annotation allows whole numbers only
-    config = LoraConfig(r=rank, lora_alpha=scaling, target_modules=sorted(targets))
+    names = sorted(targets)
+    transposed = any(
+        isinstance(module, Conv1D) and f".{path}".endswith(tuple(f".{name}" for name in names))
+        for path, module in model.named_modules()
+    )  # GPT-2's linear layers keep their weights as [in, out]
+    config = LoraConfig(r=rank, lora_alpha=scaling, target_modules=names, fan_in_fan_out=transposed)
     _inject(config, model)
 
 

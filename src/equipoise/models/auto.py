@@ -192,9 +192,12 @@ def classes_of(donor_type: str) -> tuple[type[Any], type[Any]]:
         setattr(sys.modules["transformers"], made.__name__, made)
     AutoConfig.register(PREFIX + donor_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    mapping: Any = get_checkpoint_conversion_mapping(donor_type)
-    if mapping is not None:  # mixture-of-experts checkpoints fuse their experts on loading
-        register_checkpoint_conversion_mapping(PREFIX + donor_type, mapping, overwrite=True)
+    # How names and tensors differ on disk: mixtures of experts are fused on loading, heads are renamed.
+    # transformers looks such rules up by the class's name first, then by the model's type.
+    for known, own in ((donor_type, PREFIX + donor_type), (donor_class.__name__, model_class.__name__)):
+        mapping: Any = get_checkpoint_conversion_mapping(known)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
     return config_class, model_class
 
 

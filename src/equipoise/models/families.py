@@ -6,16 +6,27 @@ A family is listed once its conversion is tested: decode equal to the full forwa
 from __future__ import annotations
 
 SUPPORTED: tuple[str, ...] = (
+    "cohere2",
+    "gemma",
     "gemma2",
     "gemma3_text",
+    "glm4",
+    "gpt2",
+    "gpt_neox",
     "granite",
     "llama",
     "mistral",
     "mixtral",
     "olmo2",
+    "olmo3",
+    "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
 )
 
 _OWN_ATTENTION = "computes attention inside its own modules and ignores transformers' attention interface"

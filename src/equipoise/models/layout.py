@@ -27,19 +27,38 @@ class LayerReport:
     softmax: tuple[int, ...]
 
 
+ATTENTION_NAMES = ("self_attn", "attention", "attn")
+"""What a decoder layer calls its attention: nearly everyone's name, GPT-NeoX's, GPT-2's."""
+
+
 def attention_modules(model: nn.Module) -> list[Any]:
-    """self_attn of every decoder layer.
+    """The attention module of every decoder layer.
 
     Raises:
         ConversionError: the model's layers are not laid out so.
     """
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore
     layers = getattr(decoder, "layers", None)
-    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
-        raise ConversionError(
-            f"cannot convert {type(model).__name__}: expected decoder layers with a self_attn module each."
-        )
-    return [layer.self_attn for layer in layers]
+    if layers is None:
+        layers = getattr(decoder, "h", ())  # GPT-2's name for them
+    for name in ATTENTION_NAMES:
+        if len(layers) and all(isinstance(getattr(layer, name, None), nn.Module) for layer in layers):
+            return [getattr(layer, name) for layer in layers]
+    raise ConversionError(
+        f"cannot convert {type(model).__name__}: expected decoder layers with an attention module each "
+        f"({', '.join(ATTENTION_NAMES)})."
+    )
+
+
+def head_sizes(config: Any, module: Any) -> tuple[int, int, int]:
+    """H, N and D of a layer; families without grouped queries do not name N, GPT-NeoX names D head_size."""
+    heads: int = config.num_attention_heads
+    size: int = module.head_size if getattr(module, "head_dim", None) is None else module.head_dim
+    return heads, getattr(config, "num_key_value_heads", None) or heads, size
+
+
+DROPOUTS = ("attention_dropout", "attn_pdrop")
+"""Under which names configurations keep the dropout of attention weights."""
 
 
 def is_local(config: Any, index: int) -> bool:

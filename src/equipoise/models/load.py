@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from transformers import (
 )
 
 from equipoise.models.families import check_family
+from equipoise.models.layout import DROPOUTS
 from equipoise.models.storage import CheckpointError, load_tensors
+
+log = logging.getLogger(__name__)
 
 ADAPTERS = "adapter_config.json"
 """What a directory of peft adapters has."""
@@ -38,7 +42,12 @@ def load_donor(
         )
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
     check_family(str(config.model_type))
-    return _load(name_or_path, device, trust_remote_code)
+    dropouts = {field: 0.0 for field in DROPOUTS if getattr(config, field, 0)}
+    for field in dropouts:
+        log.info(
+            "the donor's %s of %g is switched off: converted layers have none", field, getattr(config, field)
+        )
+    return _load(name_or_path, device, trust_remote_code, **dropouts)
 
 
 def load_model(name_or_path: str, *, device: str | None = None) -> PreTrainedModel:
@@ -133,12 +142,14 @@ def _check_directory(path: Path) -> None:
             load_tensors(file)
 
 
-def _load(name_or_path: str, device: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _load(
+    name_or_path: str, device: str | None, trust_remote_code: bool, **settings: float
+) -> PreTrainedModel:
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if where.startswith("cuda") else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **settings
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{name_or_path}: cannot load the model: {_first_line(error)}") from None

@@ -16,11 +16,16 @@ from equipoise.layers.mixer import HybridMixer
 from equipoise.models.adapters import unload_lora
 from equipoise.models.branches import branches
 from equipoise.models.families import ConversionError, ParityError, check_family
-from equipoise.models.layout import attention_modules, is_local, selected_layers
+from equipoise.models.layout import DROPOUTS, attention_modules, head_sizes, is_local, selected_layers
 
 log = logging.getLogger(__name__)
 
 PARITY_TOKENS = 24
+DIFFERENT_ATTENTION = {
+    "add_cross_attention": "attends to an encoder too, and only causal self-attention converts",
+    "use_bidirectional_attention": "looks ahead, and linear attention's state holds only what came before",
+}
+"""Settings of families that convert, with which they do not."""
 
 
 def hybridize(
@@ -30,7 +35,7 @@ def hybridize(
     convenience).
 
     The donor's weights are untouched and shared; each converted layer gains a float32 `HybridMixer` at
-    ``self_attn.hybrid``. Undo with `revert`.
+    ``self_attn.hybrid`` (GPT-NeoX: ``attention.hybrid``, GPT-2: ``attn.hybrid``). Undo with `revert`.
 
     Args:
         model: a causal language model of a supported family.
@@ -83,13 +88,8 @@ def attach(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0) -> No
 def _mixer(module: Any, text: Any, config: HybridConfig, index: int, seed: int) -> HybridMixer:
     """A mixer on the layer's device: float32 whatever the donor is held in, float64 where it is that."""
     parameter = next(module.parameters())
-    mixer = HybridMixer(
-        config,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads or text.num_attention_heads,
-        head_dim=module.head_dim,
-        layer_idx=index,
-    )
+    heads, kv_heads, size = head_sizes(text, module)
+    mixer = HybridMixer(config, heads=heads, kv_heads=kv_heads, head_dim=size, layer_idx=index)
     mixer.reset_parameters(seed)
     return mixer.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
@@ -157,11 +157,14 @@ def _check_donor(model: PreTrainedModel, config: HybridConfig) -> None:
         raise ConversionError(
             f"cannot convert {name!r}: its attention does not go through the attention interface."
         )
-    if getattr(text, "attention_dropout", 0):
-        raise ConversionError(
-            f"expected attention dropout 0, got {text.attention_dropout}: set model.config.attention_dropout "
-            "= 0."
-        )
+    for field in DROPOUTS:
+        if getattr(text, field, 0):
+            raise ConversionError(
+                f"expected attention dropout 0, got {getattr(text, field)}: load the donor with {field}=0.0."
+            )
+    for field, meaning in DIFFERENT_ATTENTION.items():
+        if getattr(text, field, False):
+            raise ConversionError(f"cannot convert this {name}: it {meaning} ({field}).")
     context = text.max_position_embeddings
     if config.window is not None and context is not None and config.window >= context:
         raise ConversionError(

@@ -33,7 +33,9 @@ from equipoise.train.trainer import (
 )
 from equipoise.train.watching import Attribution, Watcher
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense", "c_attn", "c_proj",
+)  # fmt: skip
 """Names of attention projections in the supported families; LoRA takes those a model has."""
 
 
@@ -316,8 +318,16 @@ def lora_targets(model: nn.Module, settings: FinetuneConfig) -> tuple[str, ...]:
                     f"finetune.targets: expected names of modules, for instance q_proj, got {target!r}."
                 )
         return settings.targets
+    attention = {id(module) for module in attention_modules(model)}
+    parents = {name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in attention}
     present = {name for module in attention_modules(model) for name, _ in module.named_children()}
-    return tuple(name for name in PROJECTIONS if name in present)
+    # GPT-2's MLP has a c_proj too: the name of the attention module tells them apart
+    return tuple(
+        f"{parent}.{name}" if name == "c_proj" else name
+        for parent in sorted(parents)
+        for name in PROJECTIONS
+        if name in present
+    )
 
 
 __all__ = ["FinetuneTrainer", "StageResult", "TransferTrainer", "finetune", "transfer"]
