@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for Hopper, without a device: `python compile_kernels.py [head_dim features]`.
+"""Compile the Triton kernels for Hopper, without a device: `compile_kernels.py HEAD_DIM FEATURES [NAME]`.
 
 Prints shared memory and, where the compiler's tool is at hand, registers and stack of each. The interpreter
 takes more than the compiler does, so passing there is not enough. TRITON_INTERPRET must not be set.
@@ -17,13 +17,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from equipoise.ops.triton import backward_kernels, forward_kernels, key_kernels, step_kernel
+from equipoise.ops.triton import backward_kernels, forward_kernels, key_kernels, step_kernel, transfer_kernels
 from equipoise.ops.triton.configs import CONFIGS, Config
+from equipoise.ops.triton.transfer import WIDTH
 
 KERNELS = (
     forward_kernels.fold_kernel, forward_kernels.attend_kernel, backward_kernels.rows_kernel,
     backward_kernels.unfold_kernel, key_kernels.window_keys_kernel, key_kernels.linear_keys_kernel,
-    step_kernel.step_kernel,
+    step_kernel.step_kernel, transfer_kernels.transfer_kernel, transfer_kernels.transfer_queries_kernel,
+    transfer_kernels.transfer_keys_kernel,
 )  # fmt: skip
 INPUTS = {
     "q", "k", "v", "phi_q", "phi_k", "out", "grad", "grad_q", "grad_k", "grad_phi_q", "grad_phi_k", "keys",
@@ -32,7 +34,7 @@ INPUTS = {
 SUMS = {
     "weight_window", "weight_linear", "initial", "initial_z", "states", "states_z", "final", "final_z",
     "shifts", "pulls", "drifts", "excesses", "far_pulls", "far_drifts", "grads", "grads_z", "grad_v",
-    "grad_window", "grad_linear", "sums", "totals", "new_sums", "new_totals", "gate",
+    "grad_window", "grad_linear", "sums", "totals", "new_sums", "new_totals", "gate", "logsumexps", "losses",
 }  # fmt: skip
 OTHERS = {
     "valid": "*i8", "new_valid": "*i8", "segments": "*i32", "first_segment": "*i32", "largest": "*i32",
@@ -46,7 +48,7 @@ def constants(kernel: Any, config: Config, size: int, features: int, operand: An
         "D": size, "E": size, "F": features, "BLOCK_D": size, "BLOCK_E": size, "CHUNK": config.chunk,
         "BLOCK_F": min(config.features, features), "BLOCK_Q": config.queries, "BLOCK_K": config.keys,
         "R": 63, "BLOCK_R": 64, "HEADS": 16, "OPERAND": operand, "SUM": tl.float32, "SHARED": shared,
-        "LAGGING": shared,
+        "LAGGING": shared, "WIDTH": min(WIDTH, features), "FLOOR": 1e-12,
     }  # fmt: skip
     if kernel.fn.__name__ in ("fold_kernel", "unfold_kernel", "step_kernel"):
         known["BLOCK_E"] = 32
@@ -81,14 +83,15 @@ def compiled(kernel: Any, config: Config, size: int, features: int, kind: str, s
     return line
 
 
-def main(size: int, features: int) -> None:
+def main(size: int, features: int, only: str = "") -> None:
     """16-bit numbers in every configuration, float32 in the one meant for it."""
     for config in CONFIGS:
-        for kernel in KERNELS:
-            for shared in (False, True):
+        for kernel in (kernel for kernel in KERNELS if only in kernel.fn.__name__):
+            modes = (False, True) if {"SHARED", "LAGGING"} & set(kernel.arg_names) else (False,)
+            for shared in modes:
                 kind = "fp32" if config is CONFIGS[-1] else "bf16"
                 print(config.chunk, config.keys, compiled(kernel, config, size, features, kind, shared))
 
 
 if __name__ == "__main__":
-    main(*(int(x) for x in sys.argv[1:]))
+    main(*(int(x) for x in sys.argv[1:3]), *sys.argv[3:])

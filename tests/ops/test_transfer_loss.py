@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from equipoise.ops import transfer_loss
-from equipoise.ops.transfer_loss import FLOOR, transfer_cross_entropy
+from equipoise.ops import transfer_blocks
+from equipoise.ops.reference import donor_softmax_reference, transfer_cross_entropy_reference
+from equipoise.ops.transfer_loss import transfer_cross_entropy
 
 F64 = torch.float64
 SCALE = 0.4
@@ -25,40 +26,11 @@ def inputs(length: int, *, maps: int = 4, dtype: torch.dtype = F64) -> tuple[Ten
     return q, k, phi_q.requires_grad_(), phi_k.requires_grad_()
 
 
-def visible_keys(length: int, options: dict[str, Any]) -> Tensor:
-    """[B or 1, 1, T, T], True where a row sees a key."""
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
-    mask = (j <= i)[None, None]
-    if options.get("window") is not None:
-        mask = mask & (i - j < options["window"])
-    for name, rule in (("segment_ids", torch.eq), ("key_mask", torch.logical_and)):
-        if options.get(name) is not None:
-            mask = mask & rule(options[name][:, None, :, None], options[name][:, None, None, :])
-    return mask
-
-
-def donor_weights(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * options["scale"]
-    if options.get("softcap") is not None:
-        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    mask = visible_keys(q.shape[2], options)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0), mask
-
-
-def direct(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, **options: Any) -> Tensor:
-    """-sum_j p_ij log a_ij with every T x T matrix written out."""
-    p, mask = donor_weights(q, k, **options)
-    products = phi_q @ phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1).mT
-    products = products.clamp_min(FLOOR) * mask
-    a = products / products.sum(-1, keepdim=True).clamp_min(1e-300)
-    return -(p * torch.where(mask, a, 1.0).log()).sum(-1)
-
-
 def assert_matches(length: int, maps: int, **options: Any) -> None:
     options["scale"] = SCALE
     q, k, phi_q, phi_k = inputs(length, maps=maps)
     loss = transfer_cross_entropy(q, k, phi_q, phi_k, **options)
-    expected = direct(q, k, phi_q, phi_k, **options)
+    expected = transfer_cross_entropy_reference(q, k, phi_q, phi_k, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(loss)
     for got, want in zip(
@@ -90,7 +62,7 @@ def masks(length: int) -> dict[str, dict[str, Any]]:
 def test_loss_and_gradients_in_small_blocks(
     length: int, case: str, maps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer_loss, "BLOCK", 16)
+    monkeypatch.setattr(transfer_blocks, "BLOCK", 16)
     assert_matches(length, maps, **masks(length)[case])
 
 
@@ -102,7 +74,7 @@ def test_loss_and_gradients_in_blocks_as_shipped(length: int, case: str) -> None
 
 @pytest.mark.parametrize("maps", [2, 4])
 def test_gradcheck(maps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_loss, "BLOCK", 4)
+    monkeypatch.setattr(transfer_blocks, "BLOCK", 4)
     q, k, phi_q, phi_k = inputs(7, maps=maps)
     segments = torch.tensor([[0] * 7, [0, 0, 0, 1, 1, 1, 2]])
     assert torch.autograd.gradcheck(
@@ -112,7 +84,7 @@ def test_gradcheck(maps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equals_divergence_plus_entropy() -> None:
     q, k, phi_q, phi_k = inputs(33)
-    p, mask = donor_weights(q, k, scale=SCALE)
+    p, mask = donor_softmax_reference(q, k, scale=SCALE)
     entropy = -torch.special.xlogy(p, p).sum(-1)
     products = (phi_q @ phi_k.mT).masked_fill(~mask, 0)
     a = products / products.sum(-1, keepdim=True)
@@ -129,7 +101,7 @@ def test_perfect_features_reach_the_entropy_with_no_gradient() -> None:
     phi_q = (scores - scores.amax(-1, keepdim=True)).exp().requires_grad_()
     phi_k = torch.eye(length, dtype=F64).expand(2, 4, length, length).clone().requires_grad_()
     loss = transfer_cross_entropy(q, k, phi_q, phi_k, scale=SCALE)
-    p, _ = donor_weights(q, k, scale=SCALE)
+    p, _ = donor_softmax_reference(q, k, scale=SCALE)
     torch.testing.assert_close(loss, -torch.special.xlogy(p, p).sum(-1))
     (grad,) = torch.autograd.grad(loss.sum(), (phi_q,))
     assert grad.abs().max() < 1e-12
@@ -169,7 +141,7 @@ def test_signed_features_are_clamped(dtype: torch.dtype) -> None:
     assert loss.isfinite().all()
     assert all(g.isfinite().all() for g in gradients)
     if dtype == F64:
-        expected = direct(q, k, phi_q, phi_k, scale=SCALE)
+        expected = transfer_cross_entropy_reference(q, k, phi_q, phi_k, scale=SCALE)
         torch.testing.assert_close(loss, expected)
         for got, want in zip(gradients, torch.autograd.grad(expected.mean(), (phi_q, phi_k)), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
@@ -205,7 +177,8 @@ def test_low_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
     loss = transfer_cross_entropy(q, k, low_q, low_k, scale=SCALE)
     assert loss.dtype == torch.float32
     # the same rounded inputs, summed in float64
-    exact = direct(q.double(), k.double(), low_q.double(), low_k.double(), scale=SCALE)
+    wide = (t.double() for t in (q, k, low_q, low_k))
+    exact = transfer_cross_entropy_reference(*wide, scale=SCALE)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     (grad,) = torch.autograd.grad(loss.sum(), (low_q,))
     assert grad.dtype == dtype
@@ -258,5 +231,5 @@ def test_memory_is_linear_in_the_length() -> None:
 
     with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         transfer_cross_entropy(q, k, phi_q, phi_k, scale=1.0).sum().backward()
-    assert largest.elements <= heads * transfer_loss.BLOCK**2
+    assert largest.elements <= heads * transfer_blocks.BLOCK**2
     assert saved <= length * heads * (4 + 4 + 2) + 16  # features, and two numbers a row

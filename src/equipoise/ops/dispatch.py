@@ -2,6 +2,7 @@
 
 `walk` is plain PyTorch and takes every call. `stream` is the fast path on CPU, `triton` the one on CUDA. The
 choice can be overridden by the environment variable EQUIPOISE_BACKEND, or by `backend` for a block of code.
+The transfer loss has two: `triton`, and blocks of plain PyTorch under every other name.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.ops import native_step, step, stream, stream_backward, stream_forward
-from equipoise.ops.types import AttentionState, Call
+from equipoise.ops import native_step, step, stream, stream_backward, stream_forward, transfer_blocks
+from equipoise.ops.types import AttentionState, Call, Donor
 from equipoise.ops.walk import Walk
 from equipoise.registry import unknown_name
 
 BACKENDS = ("auto", "walk", "stream", "triton")
 VARIABLE = "EQUIPOISE_BACKEND"
+NOT_INSTALLED = 'without Triton; install it with pip install "equipoise[gpu]"'
 
 _chosen: ContextVar[str | None] = ContextVar("equipoise_backend", default=None)
 _said: set[str] = set()
@@ -89,11 +91,43 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
     return _fall_back(call, output_final_state, reason)
 
 
+def run_transfer(phi_q: Tensor, phi_k: Tensor, donor: Donor) -> Tensor:
+    """The transfer cross-entropy of every row [B, H, T].
+
+    Raises:
+        BackendError: the backend asked for cannot run it.
+    """
+    name = wanted()
+    if name == "triton" or (name == "auto" and donor.q.device.type == "cuda"):
+        return _transfer_triton(phi_q, phi_k, donor, insist=name == "triton")
+    return transfer_blocks.run(phi_q, phi_k, donor)
+
+
+def _transfer_triton(phi_q: Tensor, phi_k: Tensor, donor: Donor, *, insist: bool) -> Tensor:
+    kernels = _kernels()
+    reason = NOT_INSTALLED if kernels is None else kernels.unsupported_transfer(phi_q, donor)
+    if kernels is not None and reason is None:
+        return kernels.run_transfer(phi_q, phi_k, donor)
+    if insist:
+        raise _refusal(str(reason))
+    _say(str(reason))
+    return transfer_blocks.run(phi_q, phi_k, donor)
+
+
 def _fall_back(call: Call, output_final_state: bool, reason: str) -> tuple[Tensor, AttentionState | None]:
+    _say(reason)
+    return Walk(call).run(output_final_state)
+
+
+def _say(reason: str) -> None:
+    """Log once why the fast path is not taken."""
     if reason not in _said:
         _said.add(reason)
         _logger.info("the slower general path runs: %s", reason)
-    return Walk(call).run(output_final_state)
+
+
+def _refusal(reason: str) -> BackendError:
+    return BackendError(f"the triton backend cannot run {reason}; use EQUIPOISE_BACKEND=auto.")
 
 
 def _run_triton(
@@ -102,7 +136,7 @@ def _run_triton(
     kernels = _kernels()
     gradient = needs_gradient(call)
     if kernels is None:
-        reason = 'without Triton; install it with pip install "equipoise[gpu]"'
+        reason = NOT_INSTALLED
     elif gradient and (call.state is not None or output_final_state):
         reason = "gradients through a state"
     else:
@@ -110,7 +144,7 @@ def _run_triton(
     if kernels is not None and reason is None:
         return kernels.run(call, output_final_state, gradient=gradient)
     if insist:
-        raise BackendError(f"the triton backend cannot run {reason}; use EQUIPOISE_BACKEND=auto.")
+        raise _refusal(str(reason))
     return _fall_back(call, output_final_state, str(reason))
 
 

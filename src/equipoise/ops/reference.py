@@ -7,6 +7,8 @@ Shapes follow the legend in `equipoise.ops.types`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -221,3 +223,45 @@ def hybrid_attention_recurrent(
         else:
             out.append(g * near / near_total + (1 - g) * _ratio(far, far_total))
     return torch.stack(out, 2)
+
+
+def donor_softmax_reference(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(softmax weights [B, H, T, T], pairs they may cover [B, 1, T, T]); rows of padding see nothing."""
+    batch, length = q.shape[0], q.shape[2]
+    masks: list[Tensor] = []
+    for b in range(batch):
+        real = torch.ones(length, dtype=torch.bool) if key_mask is None else key_mask[b]
+        segments = [0] * length if segment_ids is None else segment_ids[b].tolist()
+        causal, near = visible_keys(
+            length, window=window, layout="sliding", sinks=0, valid=real.tolist(), segments=segments
+        )
+        masks.append((causal if window is None else near) & real[:, None])
+    mask = torch.stack(masks)[:, None]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.where(mask.any(-1, keepdim=True), weights, 0.0), mask
+
+
+def transfer_cross_entropy_reference(
+    q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, *, floor: float = 1e-12, **options: Any
+) -> Tensor:
+    """-sum_j p_ij log a_ij [B, H, T] with every T x T matrix written out.
+
+    Arguments as in `equipoise.ops.transfer_loss.transfer_cross_entropy`.
+    """
+    p, mask = donor_softmax_reference(q, k, **options)
+    products = phi_q @ phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1).mT
+    products = products.clamp_min(floor) * mask
+    a = products / products.sum(-1, keepdim=True).clamp_min(1e-300)
+    return -(p * torch.where(mask, a, 1.0).log()).sum(-1)

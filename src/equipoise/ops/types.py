@@ -127,6 +127,25 @@ class Call:
     reuse_state: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Donor:
+    """What the transfer loss learns from, cut from the graph: a donor's attention in one layer.
+
+    Attributes:
+        q, k: its queries [B, H, T, D] and keys [B, N, T, D].
+        scale, softcap, window: of its scores; no softcap or window where None.
+        key_mask, segment_ids: real tokens and packed sequences [B, T]; all and one where None.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    key_mask: Tensor | None = None
+    segment_ids: Tensor | None = None
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where the inputs are: in bfloat16 z loses 60% by 4k tokens."""
     return torch.promote_types(dtype, torch.float32)

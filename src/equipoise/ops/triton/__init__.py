@@ -1,5 +1,5 @@
 """Kernels for accelerators, in Triton: imported by `equipoise.ops.dispatch` when a call can use them."""
 
-from equipoise.ops.triton.calls import run, unsupported
+from equipoise.ops.triton.calls import run, run_transfer, unsupported, unsupported_transfer
 
-__all__ = ["run", "unsupported"]
+__all__ = ["run", "run_transfer", "unsupported", "unsupported_transfer"]

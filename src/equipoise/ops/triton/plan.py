@@ -103,14 +103,8 @@ class Plan:
             "HAS_CAP": call.softcap is not None, "LAGGING": call.lagging, "SHARED": self.tracked.shared,
             "HAS_WINDOW": call.window is not None and self.weights.window is not None,
             "HAS_LINEAR": self.phi_k is not None and (self.tracked.shared or self.weights.linear is not None),
-            "OPERAND": self.operand, "SUM": TYPES[self.tracked.dtype],
+            "OPERAND": operand_of(call.q.dtype), "SUM": TYPES[self.tracked.dtype],
         }  # fmt: skip
-
-    @property
-    def operand(self) -> Any:
-        """What products of features are computed in; float16 could not hold them."""
-        dtype = self.tracked.call.q.dtype
-        return tl.float32 if dtype == torch.float16 else TYPES[dtype]
 
     def launch(self) -> dict[str, int]:
         return {"num_warps": self.config.warps, "num_stages": self.config.stages}
@@ -125,6 +119,11 @@ class Plan:
 def padded(size: int) -> int:
     """The power of two a dimension is held in; products need 16."""
     return max(16, triton.next_power_of_2(size))
+
+
+def operand_of(dtype: torch.dtype) -> Any:
+    """What products of features are computed in for inputs of a type; float16 could not hold them."""
+    return tl.float32 if dtype == torch.float16 else TYPES[dtype]
 
 
 def plan(call: Call, weights: Weights | None = None) -> Plan:
