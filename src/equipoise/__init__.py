@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from equipoise.models.branches import BRANCH_STATES, branches, capture
     from equipoise.models.families import ConversionError
     from equipoise.models.layout import reach, state_bytes
+    from equipoise.models.reading import PromptState, read_prompt
+    from equipoise.models.states import describe_state, load_state, save_state
     from equipoise.models.surgery import hybridize, revert
     from equipoise.ops import AttentionState, Branches, hybrid_attention, linear_attention, window_attention
 
@@ -29,6 +31,8 @@ _HOMES = {
     "models.branches": ("BRANCH_STATES", "branches", "capture"),
     "models.families": ("ConversionError",),
     "models.layout": ("reach", "state_bytes"),
+    "models.reading": ("PromptState", "read_prompt"),
+    "models.states": ("describe_state", "load_state", "save_state"),
     "models.surgery": ("hybridize", "revert"),
     "ops": ("AttentionState", "Branches", "hybrid_attention", "linear_attention", "window_attention"),
 }
@@ -41,16 +45,21 @@ __all__ = [
     "ConversionError",
     "HybridCache",
     "HybridConfig",
+    "PromptState",
     "RunConfig",
     "branches",
     "capture",
+    "describe_state",
     "hybrid_attention",
     "hybridize",
     "linear_attention",
+    "load_state",
     "merge_adapters",
     "reach",
+    "read_prompt",
     "record_donor",
     "revert",
+    "save_state",
     "state_bytes",
     "window_attention",
 ]

@@ -27,6 +27,7 @@ from equipoise.commands.lm_eval import PASSED_ON, lm_eval_command
 from equipoise.commands.output import say_error, set_debugging
 from equipoise.commands.recall import recall_command, recall_demo_command
 from equipoise.commands.recipes import recipes_command
+from equipoise.commands.state import state_app
 from equipoise.commands.sweep import sweep_command
 
 PROGRAM = "equipoise"
@@ -117,6 +118,7 @@ VERBS = (
 )
 for _name, _verb, _summary in VERBS:
     app.command(_name, short_help=_summary)(_verb)
+app.add_typer(state_app, name="state", short_help="Read a long text once, and go on from it later.")
 app.command("lm-eval", short_help="lm-eval's own command line.", context_settings=PASSED_ON)(lm_eval_command)
 
 

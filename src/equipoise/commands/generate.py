@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from equipoise.models.reading import PromptState
+
 STATES = "both, window, linear, none, sinks, softmax or softmax_lora"
 
 
@@ -93,23 +95,34 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     """
     if (prompt is None) == (file is None):
         raise UsageError("expected one prompt: either as an argument or with --prompt-file.")
-    if prompt is not None:
-        return prompt
+    return prompt if prompt is not None else read_text(str(file), "--prompt-file")
+
+
+def read_text(file: str, option: str) -> str:
+    """The text of a file, or of stdin for ``-``.
+
+    Raises:
+        UsageError: not there, or not text; names the option.
+    """
     try:
-        return sys.stdin.read() if file == "-" else Path(str(file)).read_text(encoding="utf-8")
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--prompt-file {file}: cannot be read ({error.strerror}).") from None
+        raise UsageError(f"{option} {file}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
-        raise UsageError(f"--prompt-file {file}: expected UTF-8 text, got other bytes.") from None
+        raise UsageError(f"{option} {file}: expected UTF-8 text, got other bytes.") from None
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel) -> Tensor:
-    """The prompt's tokens, [1, T].
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel, *, continues: bool = False
+) -> Tensor:
+    """The prompt's tokens, [1, T]; without a start token where it ``continues`` another.
 
     Raises:
         UsageError: no token, or one past the model's vocabulary.
     """
-    tokens: Any = tokenizer(text, return_tensors="pt").input_ids
+    tokens: Any = tokenizer(
+        text, return_tensors="pt", add_special_tokens=not continues, verbose=False
+    ).input_ids.long()
     if tokens.numel() == 0:
         raise UsageError("expected a prompt of at least one token, got none.")
     config: Any = model.config.get_text_config(decoder=True)
@@ -129,8 +142,9 @@ def stream(
     limit: int,
     seed: int,
     sampling: dict[str, Any],
+    state: PromptState | None = None,
 ) -> Any:
-    """Generate to stdout; gives back what transformers does, cache included."""
+    """Generate to stdout, after a saved state if any; gives back what transformers does, cache included."""
     import torch
     from transformers import TextStreamer
 
@@ -138,8 +152,9 @@ def stream(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     writer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
     generator: Any = model
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return generator.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), streamer=writer, pad_token_id=pad,
+        **(inputs if state is None else state.inputs(tokens)), streamer=writer, pad_token_id=pad,
         max_new_tokens=limit, return_dict_in_generate=True, **sampling,
     )  # fmt: skip
 

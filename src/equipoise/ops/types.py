@@ -8,7 +8,7 @@ Shape legend, here and in every file of this package:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -92,6 +92,24 @@ class AttentionState:
         """Apply a function to every tensor: selecting rows, moving devices, detaching."""
         present = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: function(t) for name, t in present if t is not None})
+
+    @staticmethod
+    def concatenate(states: Sequence[AttentionState]) -> AttentionState:
+        """The states' rows as one batch, in order.
+
+        Raises:
+            ValueError: they do not hold the same things, so they are not of one layer in one mode.
+        """
+        merged: dict[str, Tensor | None] = {}
+        for name in (f.name for f in fields(AttentionState)):
+            parts = [t for state in states if (t := getattr(state, name)) is not None]
+            if parts and len(parts) != len(states):
+                raise ValueError(
+                    f"expected states that all hold {name}, or none of them, got {len(parts)} of "
+                    f"{len(states)}: they were read with different settings."
+                )
+            merged[name] = torch.cat(parts) if parts else None
+        return AttentionState(**merged)  # pyright: ignore[reportArgumentType]
 
     def tensors(self) -> list[Tensor]:
         """All tensors held."""

@@ -1,0 +1,285 @@
+"""Prompt states on disk: a document read once, as a safetensors file of constant size to go on from.
+
+A state is sums over what one model computed, so the file carries the hashes of that model and of the tokens,
+and loads nowhere else. The tokens themselves are in it too (four bytes each), for `generate` to see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from equipoise.layers.cache import HybridCache, HybridCacheLayer
+from equipoise.layers.mixer import AttentionMode
+from equipoise.models.branches import converted_mixers
+from equipoise.models.reading import PromptState, current_mode, model_digest, update_digest
+from equipoise.models.storage import write_atomically
+from equipoise.ops import AttentionState, Branches
+
+SUFFIX = ".safetensors"
+FORMAT, VERSION = "equipoise prompt state", 1
+_KEY = "equipoise"
+"""Key of the description in the file's metadata, which holds strings only."""
+_TOKENS = "tokens"
+
+
+class StateError(RuntimeError):
+    """A prompt state that cannot be used; the message says why, and what to do."""
+
+
+class StateMode(BaseModel):
+    """The branch state a prompt was read in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["hybrid", "swa", "none"]
+    window_branch: bool
+    linear_branch: bool
+    reading: Literal["literal", "renormalised"]
+    window: int | None
+    sinks: int
+
+    @classmethod
+    def of(cls, mode: AttentionMode) -> StateMode:
+        """What a mode says.
+
+        Raises:
+            StateError: softmax attention keeps every key, and flags by row belong to one batch.
+        """
+        branches = mode.branches
+        if mode.kind == "softmax":
+            raise StateError(
+                "softmax attention keeps the keys of every token, so there is no state of constant size to "
+                "save. Read the prompt in a branch state of the hybrid: both, window, linear or sinks."
+            )
+        if not isinstance(branches.window, bool) or not isinstance(branches.linear, bool):
+            raise StateError("a prompt read with branches switched by row or head cannot be saved.")
+        return cls(
+            kind=mode.kind, window_branch=branches.window, linear_branch=branches.linear,
+            reading=branches.reading, window=mode.window, sinks=mode.sinks,
+        )  # fmt: skip
+
+    def mode(self) -> AttentionMode:
+        """The mode to put a model in."""
+        branches = Branches(self.window_branch, self.linear_branch, self.reading)
+        return AttentionMode(self.kind, branches, self.window, self.sinks)
+
+    def words(self) -> str:
+        """The name a person knows it by."""
+        if self.kind != "hybrid":
+            return "none" if self.kind == "none" else f"window {self.window} with {self.sinks} sinks"
+        if self.window_branch and self.linear_branch:
+            return "both"
+        return f"{'window' if self.window_branch else 'linear'} alone ({self.reading})"
+
+
+class StateDescription(BaseModel):
+    """The metadata of a state file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str
+    version: int
+    model_type: str
+    model_name: str
+    model_digest: str
+    """SHA-256 of configuration and weights."""
+    tokens: int
+    """How many were read."""
+    tokens_digest: str
+    """SHA-256 of their ids."""
+    state_digest: str
+    """SHA-256 of the tensors, the tokens' aside."""
+    state_bytes: int
+    dtype: str
+    """Of the model that read them."""
+    mode: StateMode
+
+
+def save_state(path: str | Path, state: PromptState, model: nn.Module) -> StateDescription:
+    """Write a prompt's state, atomically.
+
+    Args:
+        path: a file, by custom ``*.safetensors``; its directory must exist.
+        state: what `read_prompt` returned.
+        model: the model that read it.
+
+    Raises:
+        StateError: a mode without a state of constant size.
+    """
+    converted_mixers(model)
+    mode = StateMode.of(state.mode)
+    tensors = _tensors(state.cache)
+    tokens = state.tokens.to("cpu", torch.int32).contiguous()
+    config: Any = model.config
+    described = StateDescription(
+        format=FORMAT, version=VERSION, model_type=str(config.model_type),
+        model_name=str(config.name_or_path or ""), model_digest=model_digest(model),
+        tokens=tokens.shape[1], tokens_digest=_digest({_TOKENS: tokens}), state_digest=_digest(tensors),
+        state_bytes=sum(t.numel() * t.element_size() for t in tensors.values()), dtype=_dtype(model),
+        mode=mode,
+    )  # fmt: skip
+    metadata = {_KEY: described.model_dump_json()}
+    write_atomically(Path(path), lambda p: save_file({**tensors, _TOKENS: tokens}, p, metadata))
+    return described
+
+
+def describe_state(path: str | Path) -> StateDescription:
+    """Read a state file's description, and nothing else of it.
+
+    Raises:
+        StateError: missing, cut off, not a prompt state, or of another version of the format.
+    """
+    if Path(path).is_dir():
+        raise StateError(f"{path}: expected a prompt state's file, got a directory.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise StateError(f"{path}: expected a prompt state, found no file.") from None
+    except (SafetensorError, OSError) as error:
+        raise StateError(
+            f"{path}: not a complete safetensors file ({error}); copy it again, or save the state again."
+        ) from None
+    if _KEY not in metadata:
+        raise StateError(
+            f"{path}: expected a prompt state made by `equipoise state save`, got another safetensors file."
+        )
+    try:
+        found = _Header.model_validate_json(metadata[_KEY])
+        if found.format == FORMAT and found.version != VERSION:
+            raise StateError(
+                f"{path}: expected version {VERSION} of the format, got {found.version}: the file was "
+                "written by another version of equipoise. Save the state again with this one."
+            )
+        return StateDescription.model_validate_json(metadata[_KEY])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StateError(
+            f"{path}: the description in its metadata is damaged ({where}: {first['msg']})."
+        ) from None
+
+
+class _Header(BaseModel):
+    format: str
+    version: int
+
+
+def load_state(path: str | Path, model: nn.Module) -> PromptState:
+    """Read a prompt's state to go on from; equal to the last bit to the cache that was saved.
+
+    Args:
+        path: the file.
+        model: the model that read the prompt, in the same branch state (see ``describe_state(path).mode``).
+
+    Raises:
+        StateError: missing, damaged, of another format, model, dtype or branch state.
+        ConversionError: the model is not converted.
+    """
+    converted_mixers(model)
+    described = describe_state(path)
+    _check_model(path, described, model)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    tokens = tensors.pop(_TOKENS, torch.zeros(1, 0, dtype=torch.int32))
+    for what, digest, expected in (
+        ("tokens", _digest({_TOKENS: tokens}), described.tokens_digest),
+        ("state", _digest(tensors), described.state_digest),
+    ):
+        if digest != expected:
+            raise StateError(
+                f"{path}: its {what} are not those it was written with (SHA-256 {digest[:12]}…, expected "
+                f"{expected[:12]}…): the file was changed or damaged. Copy it again, or save it again."
+            )
+    device = next(model.parameters()).device
+    cache = _fill(model, described, {name: tensor.to(device) for name, tensor in tensors.items()})
+    return PromptState(cache, tokens.long().to(device), current_mode(model))
+
+
+def _check_model(path: str | Path, described: StateDescription, model: nn.Module) -> None:
+    config: Any = model.config
+    again = "Use the model it was made with, or save the state again."
+    if config.model_type != described.model_type:
+        raise StateError(
+            f"{path}: expected a model of type {described.model_type} ({described.model_name}), got "
+            f"{config.model_type}. {again}"
+        )
+    if _dtype(model) != described.dtype:
+        raise StateError(
+            f"{path}: was read by the model in {described.dtype}, and this one is in {_dtype(model)}. Load "
+            f"the model with dtype={described.dtype}, or save the state again."
+        )
+    mode = current_mode(model)
+    if not described.mode.mode().same_as(mode):
+        own = "softmax" if mode.kind == "softmax" else StateMode.of(mode).words()
+        raise StateError(
+            f"{path}: was read in branch state {described.mode.words()}, and the model is in {own}. Load "
+            "and use it inside `with equipoise.branches(model, describe_state(path).mode.mode()):`."
+        )
+    if model_digest(model) != described.model_digest:
+        raise StateError(
+            f"{path}: was read by a {described.model_type} with other weights or settings "
+            f"({described.model_name or 'no name'}, SHA-256 {described.model_digest[:12]}…). {again}"
+        )
+
+
+def _dtype(model: nn.Module) -> str:
+    kind: Any = model.dtype
+    return str(kind).removeprefix("torch.")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        update_digest(digest, name, tensor)
+    return digest.hexdigest()
+
+
+# ---- a cache as named tensors
+
+
+def _tensors(cache: HybridCache) -> dict[str, Tensor]:
+    """Everything the cache holds, by layer and name, on the CPU and without the memory of views."""
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        held = vars(layer) if not isinstance(layer, HybridCacheLayer) else {}
+        if isinstance(layer, HybridCacheLayer) and layer.state is not None:
+            held = {f.name: getattr(layer.state, f.name) for f in fields(layer.state)}
+        for name in held.keys() & _NAMES:
+            if held[name] is not None:
+                found[f"layers.{index}.{name}"] = held[name].detach().cpu().clone().contiguous()
+    return found
+
+
+_NAMES = {f.name for f in fields(AttentionState)}
+"""Names of the tensors that layers hold; keys and values, which other layers hold too, are among them."""
+
+
+def _fill(model: Any, described: StateDescription, tensors: dict[str, Tensor]) -> HybridCache:
+    """A fresh cache with the tensors in it, as if the model had just read the tokens."""
+    cache: HybridCache = model.make_cache()
+    for index, layer in enumerate(cache.layers):
+        prefix = f"layers.{index}."
+        held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        one: Any = layer
+        if isinstance(layer, HybridCacheLayer):
+            one.state = AttentionState(**held) if held else None  # pyright: ignore[reportArgumentType]
+            one.length = described.tokens
+            one.dtype = held["keys"].dtype if held else model.dtype
+            one.device = model.device
+            one.is_initialized = True
+            continue
+        one.lazy_initialization(held["keys"], held["values"])
+        one.keys, one.values = held["keys"], held["values"]
+        if hasattr(one, "cumulative_length"):
+            one.cumulative_length = described.tokens
+    return cache
