@@ -52,14 +52,13 @@ def test_texts_have_their_pairs_twice_and_none_that_is_kept_for_the_questions(te
     for index in range(20):
         row = texts.pairs(index).tolist()
         assert len(row) == CONTEXT
-        spots = [i for i in range(len(row) - 6) if row[i : i + len(at)] == at]
-        found = [tuple(row[i + len(at) : i + len(at) + 4]) for i in spots]
+        spots = [i for i in range(len(row) - 4) if row[i : i + len(at)] == at]
+        found = [tuple(row[i + len(at) : i + len(at) + 2]) for i in spots]
         assert len(set(found)) * 2 <= len(found)
         twice += len(set(found)) * 2 == len(found)
-        for pair in found:
-            assert not_held_out(pair[:2])
-            assert not_held_out(pair[2:])
-            assert not held_out(pair[:2])
+        for key, answer in found:
+            assert not_held_out((key,), (answer,))
+            assert not held_out((key,), (answer,))
     assert 4 <= twice <= 16
 
 

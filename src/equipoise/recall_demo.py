@@ -1,8 +1,8 @@
 """Recall beyond reach in miniature: a donor that recalls, converted by several recipes, asked in every state.
 
 Windows of 16 relay 60 tokens; the donor recalls pairs of key and value from anywhere in 512. Everything goes
-the way of a person's own run: the pairs reach the conversions as a JSONL file. Keys, values and texts of the
-questions are none that were trained on.
+the way of a person's own run: the pairs reach the conversions as a JSONL file. No text and no pair that is
+asked for was trained on.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def run_recall_demo(
 
 
 def questions(donor: Path, texts: int = TEXTS) -> list[Example]:
-    """What is asked: held-out keys and answers in held-out files."""
+    """What is asked: held-out pairs in held-out files."""
     made = pair_text(donor, split="validation", seed=0)
     return build_examples(
         "mqar", length=CONTEXT, count=texts, seed=0, tokenizer=made.tokenizer, haystack=made.haystack,

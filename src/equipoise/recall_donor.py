@@ -1,7 +1,7 @@
 """The donor of the recall demo, and the text it is trained on: pairs of key and value embedded in code.
 
 The demo's donor is continued on such text until its softmax attention recalls values from anywhere in 512
-tokens. Keys and answers kept for the questions are never trained on.
+tokens. Pairs kept for the questions are never trained on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from equipoise.train.progress import ProgressReport
 CONTEXT = 512
 WORDS = 32
 """Different words that keys are made of; as many others make the answers."""
-PAIRS = RecallSettings(needles=10, answer_words=2, key_words=2, wording="pairs")
+PAIRS = RecallSettings(needles=10, answer_words=1, key_words=1, wording="pairs")
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class RecallDonorSettings:
 # ---- text with pairs
 
 
-def held_out(words: Ids) -> bool:
-    """Whether a key or an answer is kept for the questions: one in four, by a hash."""
-    return zlib.crc32(repr(words).encode()) % 4 == 0
+def held_out(key: Ids, answer: Ids) -> bool:
+    """Whether a pair is kept for the questions: one in four, by a hash."""
+    return zlib.crc32(repr((key, answer)).encode()) % 4 == 0
 
 
-def not_held_out(words: Ids) -> bool:
+def not_held_out(key: Ids, answer: Ids) -> bool:
     """Whether it may be trained on."""
-    return not held_out(words)
+    return not held_out(key, answer)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from equipoise.audit.compare_page import write_comparison
 from equipoise.audit.documents import text_fingerprint
 from equipoise.audit.evaluate import DocumentScores, RunNote, audit_model
 from equipoise.audit.report import AuditReport, Donor, Metric, RunAudit, write_audit
-from equipoise.config import ConfigError
+from equipoise.config import ConfigError, RunConfig
 from equipoise.data.packing import EvaluationWindow, evaluation_windows
 from equipoise.data.sources import absolute_source, load_documents
 from equipoise.demo_donor import DonorSettings, cached_donor
@@ -39,6 +39,7 @@ from equipoise.models.storage import describe_donor, write_atomically
 from equipoise.statistics import ScoreTable
 from equipoise.sweep_plan import DEMO, Cell, SweepConfig
 from equipoise.train.convert import RUN, START, WORK, convert, prepare_output
+from equipoise.train.watching import Watcher
 
 MARK, MANIFEST, CELLS, MODEL = "sweep.json", "cell.json", "cells", "model"
 LOCK = ".sweep.lock"
@@ -82,6 +83,9 @@ class SweepDonor:
         """What tells it from another donor; a directory that was moved is the same one."""
         kept = ("fingerprint",) if self.described["fingerprint"] else ("name", "revision")
         return {key: self.described[key] for key in kept}
+
+
+WatchersOf = Callable[[RunConfig, str], Sequence[Watcher]]
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ def run_sweep(
     *,
     redo: bool = False,
     console: Console | None = None,
+    watchers: WatchersOf | None = None,
 ) -> SweepResult:
     """Run every cell that is not done, then compare all that are.
 
@@ -140,6 +145,7 @@ def run_sweep(
         output: new, empty, or of the same sweep: cells that are done are kept.
         redo: replace cells that were made with other settings; otherwise they are refused.
         console: where progress goes.
+        watchers: those a cell's recipe asks for, by its settings and the donor's name; none where None.
 
     Raises:
         OutputError: the directory holds something else, or cannot be written.
@@ -150,7 +156,7 @@ def run_sweep(
     prepare_output(output, shared=(output / MARK).is_file())
     try:
         with FileLock(output / LOCK, timeout=0):
-            return _Sweep(config, cells, donor, output, console).run(redo=redo)
+            return _Sweep(config, cells, donor, output, console, watchers).run(redo=redo)
     except Timeout:
         raise SweepError(
             f"{output}: another process is running a sweep there. Wait for it, or choose another --output."
@@ -161,10 +167,16 @@ class _Sweep:
     """One run of a sweep, in one process."""
 
     def __init__(
-        self, config: SweepConfig, cells: Sequence[Cell], donor: SweepDonor, output: Path, console: Console
+        self,
+        config: SweepConfig,
+        cells: Sequence[Cell],
+        donor: SweepDonor,
+        output: Path,
+        console: Console,
+        watchers: WatchersOf | None,
     ) -> None:
         self.config, self.cells, self.donor = config, cells, donor
-        self.output, self.console = output, console
+        self.output, self.console, self.watchers = output, console, watchers
         self.settings = {cell.folder: settings_of(config, cell, donor) for cell in cells}
         self.source = config.audit.source or _one_source(cells)
         self._windows: list[EvaluationWindow] | None = None
@@ -219,7 +231,11 @@ class _Sweep:
         self._note(cell, "started")
         if not (model / RUN).is_file():
             resume = (model / WORK / START).is_file()
-            convert(self.donor.path, cell.run, model, seed=cell.seed, resume=resume, console=self.console)
+            watchers = () if self.watchers is None else self.watchers(cell.run, self.donor.path)
+            convert(
+                self.donor.path, cell.run, model, seed=cell.seed, resume=resume, console=self.console,
+                watchers=watchers,
+            )  # fmt: skip
         table, audit = self._audit(model)
         write_audit(self._report(table, audit), place)
         self._note(cell, "finished", seconds=round(time.monotonic() - started, 1))

@@ -22,6 +22,19 @@ from equipoise.train.recipes import load_recipe, recipe_names
 
 from .conftest import Cli
 
+SMALL = (
+    "audit",
+    "compare",
+    "convert",
+    "demo",
+    "generate",
+    "import-lolcats",
+    "recall-demo",
+    "recipes",
+    "sweep",
+)
+VERBS = (*SMALL, "attribute", "bench", "evaluate", "recall")
+
 QUICK = ("lolcats", "lora-only", "ssd", "swa-sinks", "t2r")
 """Recipes that stand for all where time counts: each takes another way through a conversion."""
 
@@ -57,13 +70,13 @@ def test_no_verb_shows_help_and_is_wrong_usage(cli: Cli) -> None:
     assert "error" not in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["convert", "audit", "generate", "recipes", "demo"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_fits_a_screen_and_has_an_example(cli: Cli, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     done = cli(verb, "--help")
     assert done.exit_code == 0
     assert f"\n  equipoise {verb}" in done.stdout
-    assert len(done.stdout.splitlines()) <= 32
+    assert len(done.stdout.splitlines()) <= (32 if verb in SMALL else 44)
 
 
 def test_runs_as_a_module() -> None:

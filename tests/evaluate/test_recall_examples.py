@@ -215,7 +215,7 @@ def test_spread_is_even_or_even_in_the_logarithm() -> None:
     assert [spread(share, False, (10, 1000)) for share in (0.0, 0.5, 1.0)] == [10, 100, 1000]
 
 
-def test_keys_can_have_words_of_their_own_and_some_words_are_kept(
+def test_keys_can_have_words_of_their_own_and_some_pairs_are_kept(
     tokenizer: PreTrainedTokenizerFast, haystack: Haystack
 ) -> None:
     pool = word_tokens(tokenizer, 300)
@@ -223,15 +223,15 @@ def test_keys_can_have_words_of_their_own_and_some_words_are_kept(
     settings = RecallSettings(needles=4, key_words=2, answer_words=2, wording="pairs")
     examples = build_examples(
         "mqar", length=300, count=6, seed=0, tokenizer=tokenizer, haystack=haystack, words=words, keys=keys,
-        settings=settings, accept=lambda ids: sum(ids) % 2 == 0,
+        settings=settings, accept=lambda key, answer: sum(key + answer) % 2 == 0,
     )  # fmt: skip
     for _, question, item in all_items(examples):
         assert set(question.tokens[-2:]) <= set(keys)
         assert set(item.answer) <= set(words)
-        assert sum(question.tokens[-2:]) % 2 == sum(item.answer) % 2 == 0
+        assert sum((*question.tokens[-2:], *item.answer)) % 2 == 0
         assert item.guess == pytest.approx(len(words) ** -2.0)
-    with pytest.raises(RecallError, match="to be accepted"):
+    with pytest.raises(RecallError, match="new and accepted"):
         build_examples(
             "mqar", length=300, count=1, seed=0, tokenizer=tokenizer, haystack=haystack,
-            settings=settings, accept=lambda _: False,
+            settings=settings, accept=lambda _, __: False,
         )  # fmt: skip

@@ -24,6 +24,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
         "import equipoise\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nimport equipoise",
         "from equipoise.models.adapters import add_lora\nfrom transformers import AutoModelForCausalLM",
+        # a model's code, which loads transformers' tables halfway through its own import
+        "import equipoise\nfrom transformers import LlamaForCausalLM, AutoModelForCausalLM",
         pytest.param(
             "from equipoise.layers.cache import HybridCache\nfrom transformers import AutoModelForCausalLM",
             marks=pytest.mark.slow,
@@ -33,7 +35,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["equipoise-first", "transformers-first", "adapters-first", "cache-first", "peft-first"],
+    ids=[
+        "equipoise-first",
+        "transformers-first",
+        "adapters-first",
+        "llama-between",
+        "cache-first",
+        "peft-first",
+    ],
 )
 def test_import_orders(imports: str) -> None:
     code = f"""{imports}
@@ -50,6 +59,19 @@ def test_without_equipoise_the_error_names_it(tmp_path: Path) -> None:
     done = python(f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})")
     assert done.returncode != 0
     assert "equipoise_llama" in done.stderr.splitlines()[-1] or "`equipoise_llama`" in done.stderr
+
+
+def test_nothing_of_a_model_is_imported_before_it_is_asked_for() -> None:
+    done = python("""import sys, equipoise
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaForCausalLM
+made = [name for name in sys.modules if name.startswith(("equipoise.models", "transformers.models.gemma2"))]
+print(made, "equipoise_llama" in CONFIG_MAPPING.keys())
+try:
+    AutoConfig.for_model("equipoise_lama")
+except ValueError as error:
+    print(str(error)[:41])
+""")
+    assert done.stdout.splitlines() == ["[] False", "Unrecognized model identifier: equipoise_"], done.stderr
 
 
 def test_every_family_has_classes() -> None:

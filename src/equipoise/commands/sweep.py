@@ -12,6 +12,7 @@ import typer
 from equipoise.commands.demo import parse_seeds
 from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.recall_watch import recall_watchers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,7 +90,9 @@ def _run(config: SweepConfig, cells: Sequence[Cell], donor: str, output: Path, *
             output, "Finished cells are kept. Free some space and give the same command again."
         ):
             found: SweepDonor = SweepDonor.of(donor, console)
-            result = run_sweep(config, cells, found, output, redo=redo, console=console)
+            result = run_sweep(
+                config, cells, found, output, redo=redo, console=console, watchers=recall_watchers
+            )
     except KeyboardInterrupt:
         raise VerbError(
             "interrupted. The same command goes on where this one stopped.", INTERRUPTED

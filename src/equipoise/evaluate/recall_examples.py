@@ -83,7 +83,7 @@ def build_examples(
     words: Ids | None = None,
     keys: Ids | None = None,
     settings: RecallSettings | None = None,
-    accept: Callable[[Ids], bool] | None = None,
+    accept: Callable[[Ids, Ids], bool] | None = None,
 ) -> list[Example]:
     """Examples of one task and length: half with the asked distance spread evenly, half by its logarithm.
 
@@ -99,7 +99,7 @@ def build_examples(
         words: what keys and answers are made of; `word_tokens` where None.
         keys: what keys are made of, where they have words of their own.
         settings: how many needles and so on.
-        accept: whether a key or an answer may be used; all where None.
+        accept: whether a key (first) may have an answer (second); all where None.
 
     Raises:
         UnknownNameError: no such task.

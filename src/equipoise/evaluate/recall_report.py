@@ -158,7 +158,8 @@ def figure(group: Group, *, salt: str, resamples: int = 2000) -> Figure:
             axes.axvline(reach, color=_STYLES[state][0], linestyle=(0, (4, 2)), linewidth=1.2)
             axes.annotate(f"{'control ' if control else ''}reach {reach}", (reach, 1.04), ha="center",
                           fontsize=plotting.FONT - 2, color=plotting.INK, annotation_clip=False)  # fmt: skip
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("distance to the answer, tokens", color=plotting.INK)
     axes.set_ylabel("answered rightly", color=plotting.INK)

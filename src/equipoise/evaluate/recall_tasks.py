@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -108,7 +108,8 @@ class Draw:
     Attributes:
         tokenizer, words, settings, rng: what to draw from, and how.
         keys: words that keys are made of; those of `words` that are left for them where None.
-        accept: whether a key or an answer may be used, to keep some for another purpose; all where None.
+        accept: whether a key (first) may have an answer (second), to keep some pairs for another purpose; all
+            where None. An answer without a key of its own comes with an empty one.
         pieces: phrases in tokens, filled as they come up.
     """
 
@@ -117,7 +118,7 @@ class Draw:
     settings: RecallSettings
     rng: random.Random
     keys: Ids | None = None
-    accept: Callable[[Ids], bool] | None = None
+    accept: Callable[[Ids, Ids], bool] | None = None
     pieces: dict[str, Ids] = field(default_factory=dict[str, Ids])
 
     def keys_and_answers(self, keys: int, answers: int) -> tuple[list[Ids], list[Ids], float]:
@@ -135,20 +136,21 @@ class Draw:
             )
         drawn_keys: list[Ids] = []
         for _ in range(keys):
-            key = self._drawn(partial(self.rng.sample, own, self.settings.key_words))
+            key = tuple(self.rng.sample(own, self.settings.key_words))
             drawn_keys.append(key)
             own, rest = ([word for word in words if word not in key] for words in (own, rest))
         drawn: dict[Ids, None] = {}
-        while len(drawn) < answers:
-            drawn[self._drawn(partial(self.rng.choices, rest, k=size))] = None
+        for index in range(answers):
+            key = drawn_keys[index] if index < keys else ()
+            drawn[self._answer(key, partial(self.rng.choices, rest, k=size), drawn)] = None
         return drawn_keys, list(drawn), float(self.settings.options or len(rest) ** size)
 
-    def _drawn(self, draw: Callable[[], list[int]]) -> Ids:
+    def _answer(self, key: Ids, draw: Callable[[], list[int]], taken: Collection[Ids]) -> Ids:
         for _ in range(_TRIES):
             found = tuple(draw())
-            if self.accept is None or self.accept(found):
+            if found not in taken and (self.accept is None or self.accept(key, found)):
                 return found
-        raise RecallError(f"expected some words to be accepted, got none in {_TRIES} draws")
+        raise RecallError(f"expected an answer that is new and accepted, got none in {_TRIES} draws")
 
     def fill(self, template: str, **slots: Ids) -> tuple[Ids, int]:
         """A template's tokens, and the index one past its `value` (past all of them, without one)."""

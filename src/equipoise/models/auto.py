@@ -22,14 +22,13 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from equipoise._register import PREFIX
 from equipoise.config import HybridConfig, parse
 from equipoise.layers.cache import HybridCache
 from equipoise.layers.interface import ATTENTION, mixers_of
 from equipoise.models import adapters, storage
-from equipoise.models.families import SUPPORTED, ConversionError
+from equipoise.models.families import ConversionError
 from equipoise.models.surgery import attach, config_as, hybridize
-
-PREFIX = "equipoise_"
 
 
 class HybridModel(PreTrainedModel):
@@ -212,12 +211,6 @@ def donor_classes_of(model_type: str) -> tuple[type[Any], type[Any]]:
     config: Any = CONFIG_MAPPING[model_type.removeprefix(PREFIX)]
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
     return config, model
-
-
-def register_all() -> None:
-    """Make every supported family's classes known to transformers."""
-    for donor_type in SUPPORTED:
-        classes_of(donor_type)
 
 
 def record_donor(model: nn.Module, name_or_path: str) -> None:
