@@ -1,4 +1,4 @@
-"""The decode cache: constant in size, bound to its branch state, reordered with its rows, never cropped."""
+"""The decode cache: constant in size, bound to its branch state, reordered with its rows."""
 
 from __future__ import annotations
 
@@ -144,15 +144,6 @@ def test_a_filled_foreign_cache_is_refused(model: Any) -> None:
         read(model, cache, TOKENS[:, :1])
 
 
-def test_crop_is_refused(model: Any) -> None:
-    cache = model.make_cache()
-    read(model, cache, TOKENS)
-    cache.crop(0)
-    with pytest.raises(CacheError, match=r"got crop\(-1\): a linear-attention state is a running sum"):
-        cache.crop(-1)
-    assert cache.get_seq_length() == 24
-
-
 def test_rows_are_reordered_selected_and_repeated(model: Any) -> None:
     whole = read(model, None, TOKENS)[:, 15:]
     swap = torch.tensor([1, 0])
@@ -181,13 +172,3 @@ def test_training_builds_no_cache(model: Any) -> None:
     model.eval()
     assert isinstance(model(TOKENS).past_key_values, HybridCache)
     assert model(TOKENS, use_cache=False).past_key_values is None
-
-
-def test_generation_refuses_caches_of_other_kinds(model: Any) -> None:
-    with pytest.raises(ValueError, match="cache_implementation='quantized' does not apply to a hybrid"):
-        model.generate(TOKENS, max_new_tokens=2, cache_implementation="quantized")
-
-
-def test_assisted_generation_is_refused(model: Any) -> None:
-    with pytest.raises((CacheError, ValueError), match=r"crop|assist|roll"):
-        model.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)

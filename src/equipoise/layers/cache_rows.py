@@ -8,7 +8,7 @@ the padding. Lengths are the caller's to keep: a cache counts for all of its row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from equipoise.layers.cache import CacheError, HybridCache, HybridCacheLayer
+from equipoise.layers.rollback import Past
 from equipoise.ops import AttentionState
 
 
@@ -59,6 +60,8 @@ def _append_states(layer: HybridCacheLayer, layers: list[Any]) -> None:
     if any(state is None for state in states):
         raise CacheError("expected caches that have each read a token, got one without.")
     layer.state = AttentionState.concatenate(states)
+    if layer.record_past:  # the rows have no common past to go back to
+        layer.past = Past(layer.state)
 
 
 def _append_keys(layer: Any, layers: list[Any]) -> None:
@@ -107,6 +110,7 @@ def _duplicate_layer(layer: Any) -> Any:
     made = copy(layer)
     if isinstance(layer, HybridCacheLayer):
         made.state = None if layer.state is None else layer.state.map(torch.clone)
+        made.past = deepcopy(layer.past)
     else:
         made.keys = None if layer.keys is None else layer.keys.clone()
         made.values = None if layer.values is None else layer.values.clone()

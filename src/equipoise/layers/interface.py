@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from equipoise.layers.cache import CacheError, HybridCache, HybridCacheLayer
 from equipoise.layers.mixer import HybridMixer, LayerInputs
@@ -90,9 +90,7 @@ def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor
             "the model's branches were switched after this cache was made: its state was summed for other "
             "branches. Make the cache inside the `branches` block that uses it."
         )
-    out, state = mixer.attend(inputs, mode=mode, state=layer.state, keep_state=True)
-    layer.commit(state)
-    return out
+    return layer.attend(mixer, inputs)
 
 
 def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -105,7 +103,8 @@ def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any
         raise ValueError(f"expected attention dropout 0, got {dropout}: set config.attention_dropout = 0.")
     if kwargs.get("cache") is not None:
         raise ValueError(
-            "paged continuous batching keeps keys and values in pages; a hybrid's state has none."
+            "paged continuous batching keeps keys and values in pages; a hybrid's state has none. Call "
+            "generate()."
         )
     for name, meaning in (("s_aux", "attention sinks as logits"), ("position_bias", "position biases")):
         if kwargs.get(name) is not None:
@@ -172,7 +171,7 @@ def prepare_decoder(
         elif use_cache:
             kwargs["past_key_values"] = HybridCache(config, mixers_of(decoder))
     elif not isinstance(cache, HybridCache):
-        _adopt(cache, config, decoder)
+        adopt(cache, decoder)
     if kwargs.get("segment_ids") is None:
         segments = _segments_of(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         if segments is not None and cache is not None and cache.get_seq_length() > 0:
@@ -185,8 +184,25 @@ def prepare_decoder(
     return args, kwargs
 
 
-def _adopt(cache: Any, config: Any, decoder: nn.Module) -> None:
-    """Fill a fresh cache that transformers made with layers that fit the hybrid."""
+_OTHER_CACHES = {
+    "StaticCache": "it allocates every key and value in advance; a hybrid's state has one size anyway, and "
+    "generate(cache_implementation='static') makes one that compiles",
+    "QuantizedCache": "it rounds keys and values to a few bits; sums that every token is added to would lose "
+    "most of them",
+    "DynamicCache": "its layers are moved before attention has read them; make_cache(offload=True) keeps "
+    "states on the CPU between steps",
+    "EncoderDecoderCache": "hybrids are decoders without an encoder",
+}
+"""Why caches of other kinds are not taken over, empty though they are."""
+
+
+def adopt(cache: Any, decoder: nn.Module) -> None:
+    """Fill a fresh cache that transformers made with layers that fit the hybrid.
+
+    Raises:
+        CacheError: one with tokens in it, or of a kind that means nothing here.
+    """
+    config: Any = decoder.config
     stateful = [mixer for mixer in mixers_of(decoder) if mixer.mode.kind != "softmax"]
     taken = any(isinstance(layer, HybridCacheLayer) for layer in getattr(cache, "layers", ()))
     if taken or not stateful:  # filled by us before, or asked to keep every key, as any cache does
@@ -195,6 +211,13 @@ def _adopt(cache: Any, config: Any, decoder: nn.Module) -> None:
         raise CacheError(
             f"expected a HybridCache, got a {type(cache).__name__} with tokens in it: its keys were never "
             "folded into a state. Start from past_key_values=None."
+        )
+    name = type(cache).__name__
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        raise CacheError(
+            f"expected a HybridCache, got {'an offloading ' if name == 'DynamicCache' else 'a '}{name}: "
+            f"{_OTHER_CACHES.get(name, 'it holds keys and values, and a hybrid holds sums')}. Pass "
+            "past_key_values=None, or model.make_cache()."
         )
     cache.layers = HybridCache(config, mixers_of(decoder)).layers
     cache.layer_class_to_replicate = None

@@ -164,8 +164,12 @@ class HybridMixer(nn.Module):
         mode: AttentionMode,
         state: AttentionState | None = None,
         keep_state: bool = False,
+        reuse_state: bool = True,
     ) -> tuple[Tensor, AttentionState | None]:
-        """Attention of this layer in any mode but ``softmax`` [B, H, T, E], and the state if kept."""
+        """Attention of this layer in any mode but ``softmax`` [B, H, T, E], and the state if kept.
+
+        With ``reuse_state`` the tensors of ``state`` may be changed where no gradients are recorded.
+        """
         if mode.kind == "none":
             q, v = inputs.q, inputs.v
             return q.new_zeros(*q.shape[:3], v.shape[-1]), None
@@ -176,8 +180,9 @@ class HybridMixer(nn.Module):
                 initial_state=state, output_final_state=keep_state,
             )  # fmt: skip
         return self.hybrid(
-            inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state
-        )
+            inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state,
+            reuse_state=reuse_state,
+        )  # fmt: skip
 
     def hybrid(
         self,
@@ -189,6 +194,7 @@ class HybridMixer(nn.Module):
         phi_k: Tensor | None = None,
         state: AttentionState | None = None,
         keep_state: bool = False,
+        reuse_state: bool = True,
     ) -> tuple[Tensor, AttentionState | None]:
         """The hybrid itself; features may be handed in where they are at hand already.
 
@@ -203,7 +209,7 @@ class HybridMixer(nn.Module):
             key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
             branches=_for_rows(branches, inputs.q.shape[0]), sinks=config.sinks,
             initial_state=state, output_final_state=keep_state,
-            reuse_state=not torch.is_grad_enabled(),  # the cache's own, and replaced by the new one
+            reuse_state=reuse_state and not torch.is_grad_enabled(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -24,15 +24,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from equipoise._register import PREFIX
 from equipoise.config import HybridConfig, parse
-from equipoise.layers.cache import HybridCache
 from equipoise.layers.interface import ATTENTION, mixers_of
 from equipoise.models import adapters, storage
 from equipoise.models.families import ConversionError
+from equipoise.models.generation import HybridGeneration
 from equipoise.models.surgery import attach, config_as, hybridize
 
 
-class HybridModel(PreTrainedModel):
-    """What all ``Equipoise…ForCausalLM`` classes add to the donor's class: loading, saving, the cache."""
+class HybridModel(HybridGeneration):
+    """What all ``Equipoise…ForCausalLM`` classes add to the donor's class: loading, saving, generation."""
 
     _keep_in_fp32_modules_strict = {"hybrid"}
 
@@ -114,25 +114,6 @@ class HybridModel(PreTrainedModel):
             self.generation_config.save_pretrained(directory)
         weights = {name: tensor.contiguous() for name, tensor in base.items() if ".hybrid." in name}
         storage.write_atomically(directory / storage.MIXERS, lambda p: save_file(weights, p))
-
-    def make_cache(self) -> HybridCache:
-        """A fresh decode cache for the branch state the model is in."""
-        return HybridCache(self.config.get_text_config(decoder=True), mixers_of(self))
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        kind = generation_config.cache_implementation
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if kind not in (None, "dynamic", "static"):
-                raise ValueError(
-                    f"cache_implementation={kind!r} does not apply to a hybrid: its decode state is constant "
-                    "in size and held in float32. Leave cache_implementation unset."
-                )
-            model_kwargs["past_key_values"] = self.make_cache()
-            return None
-        inherited: Any = super()
-        return inherited._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def initialize_weights(self) -> None:
         """Mixers know how to initialise themselves; the donor's rule would fill them with its own noise."""

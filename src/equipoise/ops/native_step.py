@@ -46,21 +46,18 @@ def supports(call: Call) -> bool:
         and call.k.dtype is call.v.dtype is keys.dtype is values.dtype is dtype
         and total.dtype is normalizer.dtype is torch.float32
         and folded.dtype is torch.int64
-        and keys.is_contiguous()
-        and values.is_contiguous()
-        and total.is_contiguous()
-        and normalizer.is_contiguous()
-        and folded.is_contiguous()
-        and state.valid.is_contiguous()
         and (torch.get_num_threads() == 1 or total.numel() <= LARGEST)
         and (torch.is_inference_mode_enabled() or not total.is_inference())
     )
 
 
 def run(call: Call) -> tuple[Tensor, AttentionState]:
-    """The output [B, H, 1, E] in q's dtype, and the state after the token: the one before it, changed."""
-    state = call.state
-    assert state is not None
+    """The output [B, H, 1, E] in q's dtype, and the state after the token.
+
+    It is the one before it, changed, unless that had to be laid out in order first.
+    """
+    assert call.state is not None
+    state = _contiguous(call.state)
     total, normalizer, folded = state.linear_state, state.linear_normalizer, state.folded
     assert total is not None
     assert normalizer is not None
@@ -91,6 +88,16 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         (call.q.dtype is torch.bfloat16, call.lagging, call.mixing == "shared"),
     )  # fmt: skip
     return (out if call.q.dtype is torch.float32 else out.to(call.q.dtype)), state
+
+
+def _contiguous(state: AttentionState) -> AttentionState:
+    """The state itself; a copy laid out in order where a prefill or another path's step left views."""
+    tensors = (
+        state.keys, state.values, state.valid, state.linear_state, state.linear_normalizer, state.folded,
+    )  # fmt: skip
+    if all(tensor is not None and tensor.is_contiguous() for tensor in tensors):
+        return state
+    return state.map(torch.Tensor.contiguous)
 
 
 def _gate(call: Call) -> tuple[Tensor | None, float]:
