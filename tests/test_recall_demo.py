@@ -6,37 +6,42 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from equipoise.evaluate.recall_text import Haystack, word_tokens
-from equipoise.recall_demo import RECIPES, REFERENCE, recall_recipe, run_recall_demo
-from equipoise.recall_donor import CONTEXT, PairText, RecallDonorSettings, held_out, not_held_out, pools
+from equipoise.evaluate.recall_text import Haystack
+from equipoise.recall_demo import BATCH, RECIPES, REFERENCE, recall_recipe, run_recall_demo
+from equipoise.recall_donor import (
+    CONTEXT,
+    PairText,
+    RecallDonorSettings,
+    add_words,
+    held_out,
+    loss_weights,
+    not_held_out,
+)
 from equipoise.train.convert import OutputError
-
-# enough different words for keys and answers, one token each
-WORDS = [
-    a + b
-    for a in ("red", "blue", "green", "old", "new", "wild")
-    for b in ("cat", "dog", "fox", "hen", "owl", "cow")
-]
 
 
 @pytest.fixture(scope="module")
 def texts() -> PairText:
     from equipoise.demo_donor import train_tokenizer
 
-    source = ["\n".join(" ".join(["do", *WORDS[i:], *WORDS[:i]]) for i in range(40)) for _ in range(8)]
-    tokenizer = train_tokenizer(source, 900)
-    haystack = Haystack.of(source, tokenizer, len(tokenizer))
-    return PairText(tokenizer, haystack, *pools(word_tokens(tokenizer, len(tokenizer))), seed=0)
+    lines = [
+        " ".join(f"{verb} the {noun}" for noun in ("cat", "dog", "hen")) for verb in ("feed", "call", "see")
+    ]
+    source = ["\n".join(lines * 40) for _ in range(8)]
+    tokenizer = train_tokenizer(source, 300)
+    keys, values = add_words(tokenizer)
+    return PairText(tokenizer, Haystack.of(source, tokenizer, len(tokenizer)), keys, values, seed=0)
 
 
 def test_every_trained_recipe_sees_the_same_tokens_at_the_same_rates(tmp_path: Path) -> None:
     runs = [recall_recipe(name, tmp_path, 40) for name in RECIPES]
     for run in runs:
         stages = [stage for stage in (run.transfer, run.finetune) if stage is not None]
-        assert sum((stage.max_steps or 0) * stage.batch_size for stage in stages) == 40 * 8
+        assert sum((stage.max_steps or 0) * stage.batch_size for stage in stages) == 40 * BATCH
         assert run.hybrid is not None
         assert run.hybrid.window == 16
         assert run.data.context_length == CONTEXT
@@ -60,6 +65,17 @@ def test_texts_have_their_pairs_twice_and_none_that_is_kept_for_the_questions(te
             assert not_held_out((key,), (answer,))
             assert not held_out((key,), (answer,))
     assert 4 <= twice <= 16
+
+
+def test_only_what_was_shown_before_counts_as_an_answer(texts: PairText) -> None:
+    (red, blue), (one, two) = texts.keys[:2], texts.words[:2]
+    row = np.array([5, red, one, 6, blue, two, 7, red, one, 8, blue, two, red, one, 9])
+    weights = loss_weights(row, texts.words, 0.5)
+    assert weights[[2, 5]].tolist() == [0, 0]
+    np.testing.assert_allclose(weights[[8, 11, 13]], 0.5 / 3)
+    np.testing.assert_allclose(np.delete(weights, [2, 5, 8, 11, 13]), 1 / 10)
+    np.testing.assert_allclose(loss_weights(np.arange(8), texts.words, 0.5), 1 / 8)
+    assert add_words(texts.tokenizer) == (texts.keys, texts.words)  # adding again changes nothing
 
 
 def test_a_document_fills_a_row_with_its_end(texts: PairText) -> None:

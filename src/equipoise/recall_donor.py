@@ -1,7 +1,8 @@
 """The donor of the recall demo, and the text it is trained on: pairs of key and value embedded in code.
 
 The demo's donor is continued on such text until its softmax attention recalls values from anywhere in 512
-tokens. Pairs kept for the questions are never trained on.
+tokens. Keys and values are words that code does not have, each a token of its own. Pairs kept for the
+questions are never trained on.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ from equipoise.data.token_cache import default_cache_dir
 from equipoise.demo_donor import DonorSettings, MuonAndAdamW, cached_donor
 from equipoise.evaluate.recall_examples import spread
 from equipoise.evaluate.recall_tasks import PAIR, Draw, RecallSettings
-from equipoise.evaluate.recall_text import Haystack, Ids, insert, word_tokens
+from equipoise.evaluate.recall_text import Haystack, Ids, insert
 from equipoise.models.load import load_tokenizer
 from equipoise.train.progress import ProgressReport
 
 CONTEXT = 512
 WORDS = 32
-"""Different words that keys are made of; as many others make the answers."""
+KEYS = tuple(f"<key{index}>" for index in range(WORDS))
+VALUES = tuple(f"<value{index}>" for index in range(WORDS))
+"""Added to the vocabulary. With words of the text itself hardly any hybrid recalled anything (LOG.md)."""
 PAIRS = RecallSettings(needles=10, answer_words=1, key_words=1, wording="pairs")
 
 
@@ -57,6 +60,8 @@ class RecallDonorSettings:
         repeat_steps: steps on text whose pieces come twice: where attention learns to look things up. (The
             base donor cannot: its loss on repeated tokens is that on new ones.)
         pair_steps: steps on text with pairs.
+        answer_weight: of the mean loss on values shown before, beside the mean loss on text. First showings,
+            which nothing foretells, do not count.
         batch_size: rows of 512 tokens a step.
         learning_rate, embedding_learning_rate: of the matrices and of the rest.
         rope_theta: slower rotation than the base's 1e4, for the longer context.
@@ -64,8 +69,9 @@ class RecallDonorSettings:
     """
 
     base: DonorSettings = field(default_factory=DonorSettings)
-    repeat_steps: int = 160
-    pair_steps: int = 240
+    repeat_steps: int = 110
+    pair_steps: int = 170
+    answer_weight: float = 0.5
     batch_size: int = 8
     learning_rate: float = 1e-2
     embedding_learning_rate: float = 4e-3
@@ -148,14 +154,17 @@ class PairText:
 def pair_text(donor: Path, *, split: str, seed: int) -> PairText:
     """Texts of a split of the standard library, in the donor's tokens."""
     tokenizer = load_tokenizer(str(donor))
-    vocabulary = int(AutoConfig.from_pretrained(donor).vocab_size)
-    haystack = Haystack.of(load_documents("stdlib", split=split)["text"], tokenizer, vocabulary)
-    return PairText(tokenizer, haystack, *pools(word_tokens(tokenizer, vocabulary)), seed)
+    keys, values = add_words(tokenizer)
+    haystack = Haystack.of(load_documents("stdlib", split=split)["text"], tokenizer, len(tokenizer))
+    return PairText(tokenizer, haystack, keys, values, seed)
 
 
-def pools(words: Ids) -> tuple[Ids, Ids]:
-    """Words of keys and words of answers: every other one of the first, which are the most frequent."""
-    return words[: 2 * WORDS : 2], words[1 : 2 * WORDS : 2]
+def add_words(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
+    """Ids of keys and of values; both are added where the tokenizer does not have them."""
+    tokenizer.add_tokens([*KEYS, *VALUES])
+    untyped: Any = tokenizer
+    keys, values = (tuple(untyped.convert_tokens_to_ids(list(words))) for words in (KEYS, VALUES))
+    return keys, values
 
 
 def write_documents(texts: PairText, path: Path, count: int) -> None:
@@ -174,27 +183,60 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self, texts: PairText, settings: RecallDonorSettings) -> None:
         self.texts, self.repeats = texts, settings.repeat_steps * settings.batch_size
         self.length = self.repeats + settings.pair_steps * settings.batch_size
+        self.answer_weight = settings.answer_weight
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.texts.repeated(index) if index < self.repeats else self.texts.pairs(index)
-        tokens = torch.from_numpy(row)
-        return {"input_ids": tokens, "labels": tokens}
+        weights = loss_weights(row, self.texts.words, self.answer_weight)
+        return {"input_ids": torch.from_numpy(row), "weights": torch.from_numpy(weights)}
 
 
-class _InOrder(Trainer):
-    """Trainer that does not shuffle: the order of the rows is the curriculum."""
+def loss_weights(row: NDArray[np.int64], values: Ids, answer_weight: float) -> NDArray[np.float32]:
+    """What each token's loss counts: text 1 in all, values shown before `answer_weight`, others nothing.
+
+    Args:
+        row: [T] tokens; a value's key stands before it.
+        values: tokens that are values.
+        answer_weight: see `RecallDonorSettings`.
+    """
+    at = np.flatnonzero(np.isin(row, values))
+    _, first = np.unique(row[at - 1], return_index=True)
+    again = np.delete(at, first)
+    weights = np.full(len(row), 1 / (len(row) - len(at)), dtype=np.float32)
+    weights[at] = 0
+    weights[again] = answer_weight / max(1, len(again))
+    return weights
+
+
+class _Weighted(Trainer):
+    """Trainer that does not shuffle, since the order of the rows is the curriculum, and weighs tokens."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        """Weighted cross entropy in nats, a mean over rows."""
+        logits, targets = model(input_ids=inputs["input_ids"]).logits[:, :-1], inputs["input_ids"][:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        return (losses * inputs["weights"][:, 1:]).sum(-1).mean()
 
 
 def recall_donor(settings: RecallDonorSettings, console: Console) -> Path:
     """Directory of the continued donor, trained if it is not in the cache yet."""
     base = cached_donor(settings.base, console)
-    known = [asdict(settings), asdict(PAIRS), WORDS, CONTEXT, base.name, torch.__version__, __version__]
+    known = [
+        asdict(settings),
+        asdict(PAIRS),
+        KEYS,
+        VALUES,
+        CONTEXT,
+        base.name,
+        torch.__version__,
+        __version__,
+    ]
     place = base.parent / ("recall-" + hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16])
     if (place / "config.json").is_file():
         console.print(f"recall donor: {place} (cached)", soft_wrap=True)
@@ -214,13 +256,15 @@ def continue_donor(base: Path, settings: RecallDonorSettings, console: Console) 
     config: Any = AutoConfig.from_pretrained(base)
     config.rope_parameters = {"rope_theta": settings.rope_theta, "rope_type": "default"}
     model = LlamaForCausalLM.from_pretrained(base, config=config)
-    rows = _Rows(pair_text(base, split="train", seed=settings.seed), settings)
+    texts = pair_text(base, split="train", seed=settings.seed)
+    model.resize_token_embeddings(len(texts.tokenizer), mean_resizing=False)
+    rows = _Rows(texts, settings)
     steps = settings.repeat_steps + settings.pair_steps
     arguments = TrainingArguments(
         output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=steps,
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         lr_scheduler_type="warmup_stable_decay", warmup_steps=10,
-        lr_scheduler_kwargs={"num_decay_steps": max(1, settings.pair_steps // 2)}, max_grad_norm=1.0,
+        lr_scheduler_kwargs={"num_decay_steps": max(1, steps // 2)}, max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(), seed=settings.seed, remove_unused_columns=False, report_to=[],
         disable_tqdm=True, save_strategy="no", logging_steps=10, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -228,7 +272,7 @@ def continue_donor(base: Path, settings: RecallDonorSettings, console: Console) 
         learning_rate=settings.learning_rate, embedding_learning_rate=settings.embedding_learning_rate
     )
     callbacks: list[TrainerCallback] = [ProgressReport(console, "recall donor")]
-    trainer = _InOrder(
+    trainer = _Weighted(
         model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks,
         optimizers=(MuonAndAdamW(model, rates), None),
     )  # fmt: skip

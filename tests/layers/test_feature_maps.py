@@ -26,14 +26,14 @@ def mixer(layer_idx: int = 0, seed: int = 0, **settings: object) -> HybridMixer:
     return built
 
 
-@pytest.mark.parametrize("name", ["hedgehog", "exp", "relu", "elu", "none"])
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog-joint", "exp", "relu", "elu", "none"])
 @pytest.mark.parametrize("multiple", [1, 2, 4])
 def test_shapes(name: str, multiple: int) -> None:
     phi = made(name, features=multiple * DIM)
     columns = multiple * DIM // (2 if phi.two_sided else 1)
     assert phi.weight.shape == (4, DIM, columns)
     assert (phi.bias is not None) == (name == "relu")
-    assert phi.two_sided == (name in ("hedgehog", "exp", "elu"))
+    assert phi.two_sided == (name in ("hedgehog", "hedgehog-joint", "exp", "elu"))
     assert phi(normal(2, 4, 5, DIM)).shape == (2, 4, 5, multiple * DIM)
     assert phi(normal(2, 4, 0, DIM)).shape == (2, 4, 0, multiple * DIM)  # blocks may be empty
 
@@ -78,6 +78,19 @@ def test_hedgehog() -> None:
     far = phi(100 * x)
     assert far.min() == 1e-12
     assert torch.equal(far, phi(100 * x).clamp(1e-12))
+
+
+def test_one_softmax_over_both_signs_can_let_a_pair_vanish() -> None:
+    apart, joint, x = made("hedgehog"), made("hedgehog-joint"), normal(2, 4, 5, DIM)
+    joint.load_state_dict(apart.state_dict())
+    projected = torch.einsum("bhtd,hdf->bhtf", x, joint.weight)
+    torch.testing.assert_close(joint(x), torch.cat([projected, -projected], -1).softmax(-1))
+    # a query and a key that share no sign pattern, both far out
+    joint.weight.data = torch.eye(DIM, dtype=x.dtype).expand_as(joint.weight).clone()
+    apart.load_state_dict(joint.state_dict())
+    q, k = (20 * torch.eye(DIM, dtype=x.dtype)[i].expand(1, 4, 1, DIM) for i in (0, 1))
+    assert (joint(q) * joint(k)).sum(-1).max() < 1e-7
+    assert (apart(q) * apart(k)).sum(-1).min() > 0.9 / DIM
 
 
 def test_exp_maximum_cancels_in_queries_not_in_keys() -> None:

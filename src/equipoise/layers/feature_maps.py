@@ -81,6 +81,18 @@ class Hedgehog(FeatureMap):
         return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1).clamp_min(1e-12)
 
 
+@FEATURE_MAPS.register("hedgehog-joint")
+class JointHedgehog(FeatureMap):
+    """softmax([xW, -xW]), clamped at 1e-12: both signs compete for one unit of mass.
+
+    Of two softmaxes of c columns each, one is often diffuse, and then no pair of tokens weighs less than
+    about 1 / c: hundreds of them drown a single match. One softmax can let them vanish.
+    """
+
+    def activation(self, projected: Tensor) -> Tensor:
+        return torch.cat([projected, -projected], -1).softmax(-1).clamp_min(1e-12)
+
+
 @FEATURE_MAPS.register("exp")
 class Exponential(FeatureMap):
     """exp([xW, -xW] - the row's maximum).
