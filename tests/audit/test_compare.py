@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,102 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy import stats
 
 from equipoise.audit.attribution import attribute, recovered
 from equipoise.audit.compare import AuditFile, CompareError, compare, read_audit
-from equipoise.audit.compare_page import console_table, make_page, significant, summary, write_comparison
+from equipoise.audit.compare_page import significant, summary
 from equipoise.audit.compare_statistics import Resampled, RunScores, holm, p_value
 from equipoise.audit.documents import on_one_line, text_fingerprint
 from equipoise.audit.report import (
-    CONTROL,
-    AuditReport,
-    ControlSetting,
-    Donor,
-    Layers,
-    Metric,
-    RunFacts,
-    audit_run,
     to_json,
     validate_audit,
     write_audit,
 )
 from equipoise.data.packing import EvaluationWindow
 from equipoise.statistics import ScoreTable, bootstrap
+from planted_audits import BOTH, DONOR, LOLCATS, NONE, SSD, drawn, planted, report
 from support import random_tokens
-
-DONOR, NONE = 3.0, 6.0
-BOTH = frozenset({"window", "linear"})
-# Recovered shares: both, window literal and renormalised, linear literal and renormalised.
-LOLCATS = (0.96, 0.956, 0.96, -0.05, 0.02)
-SSD = (0.95, 0.80, 0.91, 0.35, 0.63)
-
-
-def planted(
-    shares: tuple[float, ...] = SSD,
-    *,
-    seed: int = 0,
-    seed_sd: float = 0.0,
-    documents: int = 40,
-    text: int = 0,
-    noise: float = 0.02,
-    name: str = "",
-) -> ScoreTable:
-    """Sums of one run: documents differ alike in all runs of a text, seeds differ by `seed_sd` nats.
-
-    Every state's NLL is its share's place between no attention and donor, plus the document's difficulty,
-    plus the seed's own deviation, plus noise of this run on this document.
-    """
-    both, s0, s1, l0, l1 = shares
-    texts = np.random.default_rng(text)
-    tokens = texts.integers(200, 1000, documents).astype(float)
-    difficulty = texts.normal(0, 0.4, documents)
-    rng = np.random.default_rng((text, seed, sum(map(ord, name)), 17))
-    deviation = rng.normal(0, seed_sd)
-    nll = {
-        state: tokens * (NONE - share * (NONE - DONOR) + difficulty)
-        for state, share in (("softmax", 1.0), ("none", 0.0), ("sinks", 0.04), (CONTROL, 0.93))
-    }
-    states = ("both", "window", "window_renormalised", "linear", "linear_renormalised")
-    for state, share in zip(states, (both, s0, s1, l0, l1), strict=True):
-        own = deviation + rng.normal(0, noise, documents)
-        nll[state] = tokens * (NONE - share * (NONE - DONOR) + difficulty + own)
-    return ScoreTable.from_nll(nll, tokens)
-
-
-def report(table: ScoreTable, recipe: str, seed: int = 0, **metric: Any) -> AuditReport:
-    """The audit of one run."""
-    made = {"state_bytes": 1000, "reach": 252, "layers": Layers(converted=(0, 1))} | metric.pop("made", {})
-    run = audit_run(
-        table, recipe=recipe, seed=seed, has_window=True, has_linear=metric.pop("has_linear", True),
-        facts=RunFacts(train_tokens=10, train_seconds=1.0, **made),
-        control=ControlSetting(window=144, sinks=4, state_bytes=1000), benefit_reason="not scored",
-        resamples=50,
-    )  # fmt: skip
-    name, extra = metric.pop("donor", "tiny"), metric.pop("extra", {})
-    settings = {"context_length": 256, "data": "text", "text_sha256": "ab", **metric}
-    donor = replace(Donor.of(table, name=name, resamples=50), extra=extra)
-    return AuditReport(donor=donor, metric=Metric.of(table, resamples=50, **settings), runs=(run,))
-
-
-@pytest.fixture
-def audited(tmp_path: Path) -> Callable[..., AuditFile]:
-    """An audit that was written to disk and read again."""
-
-    def write(table: ScoreTable, recipe: str, seed: int = 0, **metric: Any) -> AuditFile:
-        place = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        place.write_text(to_json(report(table, recipe, seed, **metric)), encoding="utf-8")
-        return read_audit(place)
-
-    return write
-
-
-def drawn(rows: dict[str, list[ScoreTable]], *, resamples: int = 500, seed: int = 0) -> Resampled:
-    runs = {
-        name: [RunScores(i, table, BOTH) for i, table in enumerate(tables)] for name, tables in rows.items()
-    }
-    return Resampled(runs, resamples=resamples, seed=seed)
 
 
 class TestSums:
@@ -409,51 +328,3 @@ class TestComparison:
         )
         with pytest.raises(CompareError, match="per-document sums"):
             read_audit(tmp_path)
-
-
-class TestPage:
-    @pytest.fixture
-    def audits(self, audited: Callable[..., AuditFile]) -> list[AuditFile]:
-        made = [audited(planted(LOLCATS, seed=i, name="l", documents=12), "lolcats", i) for i in range(2)]
-        made += [audited(planted((0.93, 0.93, 0.93, 0, 0), documents=12), "swa $_$ <b>", has_linear=False)]
-        return made
-
-    def test_files_hold_all_figures(self, audits: list[AuditFile], tmp_path: Path) -> None:
-        found = compare(audits, resamples=200, published=("elsewhere", {"lolcats": 34.5}))
-        paths = write_comparison(found, tmp_path / "out", title="T", question="Which?", missing=["x-seed0"])
-        data = json.loads(paths["json"].read_text(encoding="utf-8"))
-        assert [row["name"] for row in data["rows"]] == [row.name for row in found.rows]
-        lolcats = next(row for row in data["rows"] if row["name"] == "lolcats")
-        assert lolcats["published"] == 34.5
-        assert lolcats["use"] == {"collapsed": 2}
-        assert len(lolcats["values"]["nll"]["seeds"]) == 2
-        assert lolcats["values"]["nll"]["seed_sd"] > 0
-        assert data["missing"] == ["x-seed0"]
-        assert {test["covers"] for test in data["tests"] if test["other"]} == {"documents"}
-        html, text = (paths[kind].read_text(encoding="utf-8") for kind in ("html", "md"))
-        assert html.count("<svg") == 4
-        assert "<b>" not in html
-        assert "collapsed 2/2" in text
-        assert "One seed only" in text
-        assert "x-seed0" in text
-        assert "34.5" in text
-        assert "12 documents are too few" in text
-
-    def test_terminal_table_fits(self, audits: list[AuditFile]) -> None:
-        console = Console(width=100, record=True, file=io.StringIO())
-        console.print(console_table(compare(audits, resamples=100, judge="window_gap")))
-        text = console.export_text()
-        assert "collapsed 2/2" in text.replace("\n", " ")
-        assert "swa $_$ <b>" in text
-        assert max(map(len, text.splitlines())) <= 100
-
-    def test_undefined_shares_are_dashes(self, audited: Callable[..., AuditFile]) -> None:
-        """A hybrid worse than no attention has no linear share to speak of, and no test of it."""
-        bad = (-0.2, -0.1, 0.5, -0.3, -0.1)
-        found = compare([audited(planted(bad), "bad"), audited(planted(name="g"), "good")], resamples=100)
-        shares = [test for test in found.tests if test.measure == "linear_share"]
-        assert [test.p for test in shares] == [None]
-        assert not significant(shares[0])
-        table = next(s for s in make_page(found).sections if getattr(s, "title", "") == "All figures")
-        row = next(row for row in table.rows if row[0] == "bad")  # type: ignore[union-attr]
-        assert row[table.columns.index("linear share")].text == "–"  # type: ignore[union-attr]
