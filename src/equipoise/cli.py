@@ -27,6 +27,7 @@ from equipoise.commands.lm_eval import PASSED_ON, lm_eval_command
 from equipoise.commands.output import say_error, set_debugging
 from equipoise.commands.recall import recall_command, recall_demo_command
 from equipoise.commands.recipes import recipes_command
+from equipoise.commands.serve import serve_command
 from equipoise.commands.state import state_app
 from equipoise.commands.sweep import sweep_command
 
@@ -109,6 +110,7 @@ VERBS = (
     ("evaluate", evaluate_command, "Score a model on lm-eval's tasks, in every branch state."),
     ("recall", recall_command, "Ask hybrids for what stands beyond their windows' reach."),
     ("generate", generate_command, "Go on from a prompt, in any branch state."),
+    ("serve", serve_command, "Serve a hybrid over OpenAI's API."),
     ("compare", compare_command, "Merge audits of several seeds and recipes."),
     ("sweep", sweep_command, "Convert and audit a whole grid, then compare."),
     ("bench", bench_command, "Time the operators beside what would run instead."),
