@@ -157,7 +157,7 @@ def test_a_saved_state_is_a_model_of_its_own(serve: Serve, model: Any, tokenizer
         )
         assert [choice.text for choice in done.choices] == [expected] * 2
         assert done.usage is not None
-        assert done.usage.prompt_tokens == 1
+        assert done.usage.prompt_tokens == len(tokenizer("return").input_ids)
     with pytest.raises(openai.BadRequestError, match="expected max_tokens up to"):
         client.completions.create(model=f"{NAME}:book", prompt="return", max_tokens=500)
 
@@ -232,7 +232,7 @@ def test_time_limit(serve: Serve) -> None:
         ({"prompt": [1, 300]}, "expected token ids below 300"),
         ({"prompt": [-1]}, "greater than or equal to 0"),
         ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": 3}, "prompt: Input should be a valid string, or Input should be a valid list"),
+        ({"prompt": 3}, "prompt: Input should be a valid string, or "),
         ({"prompt": "a", "temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ({"prompt": "a", "temperature": "1"}, "temperature: Input should be a valid number"),
         ({"prompt": "a", "temperature": True}, "temperature: Input should be a valid number"),
@@ -283,7 +283,7 @@ def running(serve: Serve) -> Running:
     ("body", "headers", "status", "message"),
     [
         ("{", {}, 400, "the body is not valid JSON"),
-        (b"\xff\xfe{}", {}, 400, "pars"),
+        (b"\xff\xfe{}", {}, 400, "the body is not valid JSON"),
         ("[" * 5000, {}, 400, "pars"),
         ("[]", {}, 400, "expected a JSON object"),
         ("", {}, 400, "expected a JSON object"),

@@ -22,7 +22,7 @@ from equipoise.serve.guard import Guard
 from equipoise.serve.jobs import Event, Job, Piece
 from equipoise.serve.replies import DONE, Reply, event
 from equipoise.serve.scheduler import Scheduler
-from equipoise.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
+from equipoise.serve.schema import NESTED, ChatRequest, CompletionRequest, GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -310,28 +310,28 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def explain(errors: Any) -> tuple[str | None, str]:
-    """(field, message) of the first field that pydantic found a mistake in; alternatives are told together."""
+    """(field, message) of the first field with a mistake; alternatives are told together."""
     first = errors[0]
     if first["type"] == "json_invalid":
         said = first.get("ctx", {}).get("error", "not JSON")
         return None, f"the body is not valid JSON: {said} at character {first['loc'][-1]}."
-    param = _field(first["loc"])
-    if not param:
+    path = _path(first["loc"])
+    if not path:
         return None, "expected a JSON object, sent as Content-Type: application/json."
+    param = ".".join(path)
     if first["type"] == "extra_forbidden":
         return param, f"{param}: there is no such field."
     said = dict.fromkeys(
-        error["msg"].removeprefix("Value error, ") for error in errors if _field(error["loc"]) == param
+        error["msg"].removeprefix("Value error, ")
+        for error in errors
+        if _path(error["loc"])[: len(path)] == path
     )
     return param, f"{param}: {', or '.join(said)}."
 
 
-def _field(location: tuple[int | str, ...]) -> str:
-    """A pydantic location as a field's path, without the names of the types that were tried."""
-    path = [str(part) for part in location if part != "body"]
-    return ".".join(
-        part for index, part in enumerate(path) if not index or ("[" not in part and part not in _TYPES)
-    )
-
-
-_TYPES = {"str", "int", "float", "list", "TextPart"}
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """A pydantic location without the names of the types that were tried on the way."""
+    path = [part for part in location if part != "body"]
+    return [
+        str(part) for index, part in enumerate(path) if not index or isinstance(part, int) or part in NESTED
+    ]

@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.scheduler.drain(self.grace)
         await super().shutdown(sockets)
-        self.scheduler.drain(0)
+        self.scheduler.drain(0.0)
         self.scheduler.thread.join(GRACE)
 
 

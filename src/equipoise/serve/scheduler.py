@@ -76,8 +76,9 @@ class Scheduler:
         with self.changed:
             if not self.accepting or not self.thread.is_alive():
                 raise shutting_down()
-            if len(self.waiting) >= self.settings.queue_size and not self._fits(job):
-                raise queue_full(len(self.waiting), self._retry_after())
+            waiting = self._waiting(job)
+            if waiting > self.settings.queue_size:
+                raise queue_full(waiting - 1, self._retry_after())
             self.waiting.append(job)
             self.changed.notify()
 
@@ -97,10 +98,10 @@ class Scheduler:
     def status(self) -> Status:
         """A look from outside."""
         with self.changed:
-            running = self._running()
             return Status(
-                running, len(self.waiting), self.capacity.sequences, self.accepting and self.thread.is_alive()
-            )
+                running=self._running(), waiting=len(self.waiting), capacity=self.capacity.sequences,
+                accepting=self.accepting and self.thread.is_alive(),
+            )  # fmt: skip
 
     def _running(self) -> int:
         reading = sum(one.job.copies for one in self.reading)
@@ -111,9 +112,15 @@ class Scheduler:
         rows = (*(row for row, _ in self.joining), *self.rows)
         return {*(one.job for one in self.reading), *(row.job for row in rows)}
 
-    def _fits(self, job: Job) -> bool:
-        """Whether a place is free for all of a job's sequences, with nobody before it."""
-        return not self.waiting and self._running() + job.size <= self.capacity.sequences
+    def _waiting(self, *more: Job) -> int:
+        """Jobs that have to wait; those that only have not been seen yet do not."""
+        free = self.capacity.sequences - self._running()
+        jobs = (*self.waiting, *more)
+        for number, job in enumerate(jobs):
+            free -= job.size
+            if free < 0:
+                return len(jobs) - number
+        return 0
 
     def _retry_after(self) -> int:
         ahead = sum(job.size for job in self.waiting)

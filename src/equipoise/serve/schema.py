@@ -166,3 +166,7 @@ class ChatRequest(GenerationRequest):
     @property
     def logprob_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+NESTED = {name for kind in (Message, TextPart, StreamOptions) for name in kind.model_fields}
+"""Names of fields inside of others."""
