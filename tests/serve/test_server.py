@@ -93,9 +93,9 @@ def test_several_prompts_and_choices(serve: Serve, model: Any, tokenizer: Any) -
     done = client.completions.create(model=NAME, prompt=prompts, n=2, max_tokens=6, temperature=0)
     assert [choice.index for choice in done.choices] == list(range(6))
     assert [c.text for c in done.choices] == [greedy(model, tokenizer, p, 6) for p in prompts for _ in "ab"]
-    drawn = client.completions.create(model=NAME, prompt="a", n=4, max_tokens=20, seed=3, temperature=1.5)
+    drawn = client.completions.create(model=NAME, prompt="a", n=4, max_tokens=8, seed=3, temperature=1.5)
     assert len({choice.text for choice in drawn.choices}) == 4
-    again = client.completions.create(model=NAME, prompt="a", n=4, max_tokens=20, seed=3, temperature=1.5)
+    again = client.completions.create(model=NAME, prompt="a", n=4, max_tokens=8, seed=3, temperature=1.5)
     assert [c.text for c in again.choices] == [c.text for c in drawn.choices]
 
 
@@ -174,7 +174,7 @@ def test_64_streams_at_once(serve: Serve, model: Any, tokenizer: Any) -> None:
     def ask(number: int) -> str:
         nonlocal most
         stream = client.completions.create(
-            model=NAME, prompt=texts[number], max_tokens=5 + number % 9, temperature=0, stream=True
+            model=NAME, prompt=texts[number], max_tokens=3 + number % 7, temperature=0, stream=True
         )
         parts = list(stream)
         most = max(most, running.scheduler.status().running)
@@ -184,8 +184,8 @@ def test_64_streams_at_once(serve: Serve, model: Any, tokenizer: Any) -> None:
     with ThreadPoolExecutor(64) as pool:
         found = list(pool.map(ask, range(64)))
     assert most <= 40
-    for number in range(0, 64, 7):  # each as alone: float64, so that no rounding decides between two tokens
-        assert found[number] == greedy(model, tokenizer, texts[number], 5 + number % 9)
+    for number in range(0, 64, 13):  # each as alone: float64, so that no rounding decides between two tokens
+        assert found[number] == greedy(model, tokenizer, texts[number], 3 + number % 7)
     assert running.scheduler.status().running == 0
     assert running.scheduler.cache is None
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from equipoise.serve.errors import ApiError
-
-Scope, Receive, Send = Any, Any, Any
-"""ASGI's; starlette's own names for them are unparametrised."""
 
 
 class Guard:
@@ -22,7 +18,7 @@ class Guard:
             of its own at a loopback address and read the answers; it cannot change the Host header.
     """
 
-    def __init__(self, app: Any, limit: int, hosts: frozenset[str] | None) -> None:
+    def __init__(self, app: ASGIApp, limit: int, hosts: frozenset[str] | None) -> None:
         self.app, self.limit, self.hosts = app, limit, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +39,7 @@ class Guard:
     def _counted(self, receive: Receive) -> Receive:
         seen = 0
 
-        async def counted() -> Any:
+        async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))

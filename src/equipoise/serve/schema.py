@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+)
 
 from equipoise.serve.sampling import Sampling
 
@@ -18,15 +26,42 @@ Number = Annotated[float, Field(strict=True)]
 """A JSON number; a string of digits is none."""
 
 
-def _neutral(*values: object) -> Any:
-    """A field that may only say what is the case anyway."""
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": (
+        "none",
+        "auto",
+    ),
+    "functions": ([],),
+    "function_call": (
+        "none",
+        "auto",
+    ),
+    "parallel_tool_calls": (
+        True,
+        False,
+    ),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields that may only say what is the case anyway, and what that is."""
 
-    def check(value: object) -> object:
-        if value is not None and value not in values:
-            raise ValueError(f"is not offered by this server (leave it out, got {value!r})")
-        return None
 
-    return Annotated[Any, BeforeValidator(check)]
+def neutral(value: object, info: Any) -> None:
+    """Refuse a field of `NEUTRAL` that asks for something; ``info`` is pydantic's ValidationInfo."""
+    if value is not None and value not in NEUTRAL[str(info.field_name)]:
+        raise ValueError(f"is not offered by this server (leave it out, got {value!r})")
 
 
 class StreamOptions(BaseModel):
@@ -64,9 +99,10 @@ class GenerationRequest(BaseModel):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
-    frequency_penalty: _neutral(0) = None
-    presence_penalty: _neutral(0) = None
-    logit_bias: _neutral({}) = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    _base = field_validator("frequency_penalty", "presence_penalty", "logit_bias")(neutral)
 
     @property
     def stops(self) -> list[str]:
@@ -98,9 +134,10 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
 
-    best_of: _neutral(1) = None
-    echo: _neutral(False) = None
-    suffix: _neutral("") = None
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+    _own = field_validator("best_of", "echo", "suffix")(neutral)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -150,18 +187,32 @@ class ChatRequest(GenerationRequest):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
 
-    tools: _neutral([]) = None
-    tool_choice: _neutral("none", "auto") = None
-    functions: _neutral([]) = None
-    function_call: _neutral("none", "auto") = None
-    parallel_tool_calls: _neutral(True, False) = None
-    response_format: _neutral({"type": "text"}) = None
-    modalities: _neutral(["text"]) = None
-    audio: _neutral() = None
-    prediction: _neutral() = None
-    reasoning_effort: _neutral() = None
-    verbosity: _neutral() = None
-    web_search_options: _neutral() = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    parallel_tool_calls: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+    _own = field_validator(
+        "tools",
+        "tool_choice",
+        "functions",
+        "function_call",
+        "parallel_tool_calls",
+        "response_format",
+        "modalities",
+        "audio",
+        "prediction",
+        "reasoning_effort",
+        "verbosity",
+        "web_search_options",
+    )(neutral)
 
     @property
     def logprob_count(self) -> int | None:
