@@ -19,7 +19,7 @@ def draw(rows: list[int], samplings: list[Sampling], times: int = 1) -> list[lis
 def test_neighbours_do_not_matter() -> None:
     mixed = [
         Sampling(seed=1),
-        Sampling(temperature=0),
+        Sampling(temperature=0.0),
         Sampling(seed=2, top_p=0.5),
         Sampling(seed=1),
         Sampling(),
