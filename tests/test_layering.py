@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "lm_eval", "triton"}
+HEAVY = {
+    "torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "lm_eval", "triton", "fastapi",
+    "uvicorn",
+}  # fmt: skip
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

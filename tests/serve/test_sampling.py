@@ -46,11 +46,11 @@ def test_truncation_keeps_to_the_likeliest() -> None:
 
 
 def test_draws_follow_the_probabilities() -> None:
-    times = 4000
+    times = 1000
     drawn = torch.tensor([step[0] for step in draw([0], [Sampling(seed=0, temperature=1.5)], times)])
     found = torch.bincount(drawn, minlength=50).double() / times
     expected = (LOGITS[0] / 1.5).softmax(-1)
-    assert float((found - expected).abs().sum()) < 0.12  # about sqrt(2 * 50 / (pi * times)) by chance
+    assert float((found - expected).abs().sum()) < 0.25  # about sqrt(2 * 50 / (pi * times)) by chance
 
 
 def test_choices_of_one_seed_differ() -> None:

@@ -139,7 +139,7 @@ async def streams(process: Process, count: int, seconds: float) -> tuple[Tally, 
     async def worker(number: int) -> None:
         chance = random.Random(number)
         while time.monotonic() - started < seconds:
-            tokens = chance.randint(64, 192)
+            tokens = chance.randint(24, 72)
             await one_stream(client, tally, tokens, leave=count > 1 and chance.random() < 0.05)
 
     await asyncio.gather(*(worker(number) for number in range(count)))

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,14 +168,15 @@ class Scheduler:
                 self.waiting = deque(job for job in self.waiting if not job.cancelled)
                 self.reading = deque(one for one in self.reading if not one.job.cancelled)
                 self.joining = [pair for pair in self.joining if not pair[0].job.cancelled]
-                self._keep(lambda row: not row.job.cancelled)
+        self._keep(lambda row: not row.job.cancelled)
 
-    def _keep(self, wanted: Any) -> None:
-        """Drop the other rows, and their part of the cache."""
-        kept = [index for index, row in enumerate(self.rows) if wanted(row)]
-        if len(kept) == len(self.rows):
-            return
-        self.rows = [self.rows[index] for index in kept]
+    def _keep(self, wanted: Callable[[Row], bool]) -> None:
+        """Drop the other rows, and their part of the cache: unlocked, as the event loop must not wait."""
+        with self.changed:
+            kept = [index for index, row in enumerate(self.rows) if wanted(row)]
+            if len(kept) == len(self.rows):
+                return
+            self.rows = [self.rows[index] for index in kept]
         if not kept:
             self.cache = None
         elif self.cache is not None:
@@ -273,8 +275,7 @@ class Scheduler:
         ended = [row for row in self.rows if row.ended]
         if ended:
             self._note_ended(ended)
-            with self.changed:
-                self._keep(lambda row: not row.ended)
+            self._keep(lambda row: not row.ended)
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
         chosen = choose(logits, [(row.job.sampling, row.generator) for row in rows])
