@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from equipoise.bench import decode, gate, models, peers, transfer
 from equipoise.bench.gate import GateError, check_attention
 from equipoise.bench.peers import OURS, PEERS, batched_linear, local_softmax
-from equipoise.bench.setting import BenchError, BenchSetting, Inputs, make_inputs
+from equipoise.bench.setting import BenchError, BenchSetting, Inputs, UnavailableError, make_inputs
 from equipoise.ops.reference import linear_attention_recurrent
 
 SMALL = BenchSetting(heads=4, kv_heads=2, head_dim=8, window=8, feature_dim=16)
@@ -44,6 +47,31 @@ def test_everyone_passes(setting: BenchSetting, gradients: bool) -> None:
 
 def test_unavailable_peers_are_not_said_to_be_checked() -> None:
     assert "fla" not in check_attention(SMALL, (OURS, "fla"), gradients=False)[0]
+
+
+def test_the_composed_path_of_fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its kernel, which needs a GPU: layouts, repeated heads, no scale, and the mix."""
+
+    def chunk_linear_attn(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool
+    ) -> tuple[Tensor, None]:
+        assert normalize
+        turned = (x.transpose(1, 2) for x in (scale * q, k, v))
+        return linear_attention_recurrent(*turned)[0].transpose(1, 2), None
+
+    for name in ("fla", "fla.ops", "fla.ops.linear_attn"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    vars(module)["chunk_linear_attn"] = chunk_linear_attn
+    x = make_inputs(SMALL, 70)
+    on_a_gpu = replace(SMALL)
+    object.__setattr__(on_a_gpu, "device", "cuda")
+    ours = PEERS["fla"].build(on_a_gpu, x)()
+    gate.compare("fla", ours, gate.right_answer(SMALL, x, "hybrid"), 2e-4)
+    monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", None)
+    with pytest.raises(UnavailableError, match="cannot be imported"):
+        PEERS["fla"].build(on_a_gpu, x)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

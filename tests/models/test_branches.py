@@ -138,6 +138,23 @@ def test_packed_rows_equal_each_part_alone(model: Any, logits: Logits) -> None:
             torch.testing.assert_close(logits(model, TOKENS, **packed), expected, rtol=0, atol=1e-10)
 
 
+def test_bounds_of_packed_sequences_are_honoured(model: Any, logits: Logits) -> None:
+    """As DataCollatorWithFlattening passes them; positions that restart are not needed to see them."""
+    row, positions = TOKENS[:1], torch.cat([torch.arange(9), torch.arange(15)])[None]
+    expected = torch.cat([logits(model, part) for part in (row[:, :9], row[:, 9:])], 1)
+    bounds = torch.tensor([0, 9, 24], dtype=torch.int32)
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 15, "max_length_k": 15}
+    found = logits(model, row, position_ids=positions, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    apart = logits(model, row, segment_ids=torch.tensor([[0] * 9 + [1] * 15]))
+    torch.testing.assert_close(logits(model, row, **given), apart, rtol=0, atol=0)
+    assert not torch.equal(logits(model, row), apart)
+    with pytest.raises(ValueError, match="a batch of 2 rows"):
+        logits(model, TOKENS, **given)
+    with pytest.raises(ValueError, match=r"length, 23, got \[0, 9, 24\]"):
+        logits(model, row[:, :23], **given)
+
+
 def test_packing_on_top_of_a_cache_is_refused(model: Any, logits: Logits) -> None:
     cache = model.make_cache()
     logits(model, TOKENS, past_key_values=cache, use_cache=True)

@@ -6,6 +6,7 @@ takes more than the compiler does, so passing there is not enough. TRITON_INTERP
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from equipoise.ops.triton import backward_kernels, forward_kernels, key_kernels, step_kernel, transfer_kernels
+from equipoise.ops.triton import (
+    backward_kernels,
+    forward_kernels,
+    key_kernels,
+    mapped_key_kernels,
+    step_kernel,
+    transfer_kernels,
+)
 from equipoise.ops.triton.configs import CONFIGS, Config
 from equipoise.ops.triton.transfer import WIDTH
 
@@ -25,11 +33,11 @@ KERNELS = (
     forward_kernels.fold_kernel, forward_kernels.attend_kernel, backward_kernels.rows_kernel,
     backward_kernels.unfold_kernel, key_kernels.window_keys_kernel, key_kernels.linear_keys_kernel,
     step_kernel.step_kernel, transfer_kernels.transfer_kernel, transfer_kernels.transfer_queries_kernel,
-    transfer_kernels.transfer_keys_kernel,
+    transfer_kernels.transfer_keys_kernel, mapped_key_kernels.mapped_keys_kernel,
 )  # fmt: skip
 INPUTS = {
-    "q", "k", "v", "phi_q", "phi_k", "out", "grad", "grad_q", "grad_k", "grad_phi_q", "grad_phi_k", "keys",
-    "values", "features", "new_keys", "new_values", "new_features",
+    "q", "k", "v", "map_q", "map_k", "phi_q", "phi_k", "out", "grad", "grad_q", "grad_k", "grad_phi_q",
+    "grad_phi_k", "grad_projected", "keys", "values", "features", "new_keys", "new_values", "new_features",
 }  # fmt: skip
 SUMS = {
     "weight_window", "weight_linear", "initial", "initial_z", "states", "states_z", "final", "final_z",
@@ -42,11 +50,16 @@ OTHERS = {
 }  # fmt: skip
 
 
-def constants(kernel: Any, config: Config, size: int, features: int, operand: Any, shared: bool) -> dict:
+def constants(
+    kernel: Any, config: Config, size: int, features: int, operand: Any, shared: bool, mapped: bool
+) -> dict[str, Any]:
     """What a kernel is compiled with."""
+    columns = features // 2
     known = {
-        "D": size, "E": size, "F": features, "BLOCK_D": size, "BLOCK_E": size, "CHUNK": config.chunk,
-        "BLOCK_F": min(config.features, features), "BLOCK_Q": config.queries, "BLOCK_K": config.keys,
+        "D": size, "E": size, "F": features, "C": columns, "BLOCK_D": size, "BLOCK_E": size,
+        "BLOCK_C": columns, "BLOCK_F": columns if mapped else min(config.features, features),
+        "BLOCK_Q": config.queries, "BLOCK_K": config.keys, "CHUNK": config.chunk,
+        "STEP": min(config.features, size), "MAPPED": mapped,
         "R": 63, "BLOCK_R": 64, "HEADS": 16, "OPERAND": operand, "SUM": tl.float32, "SHARED": shared,
         "LAGGING": shared, "WIDTH": min(WIDTH, features), "FLOOR": 1e-12,
     }  # fmt: skip
@@ -55,10 +68,12 @@ def constants(kernel: Any, config: Config, size: int, features: int, operand: An
     return {name: known.get(name, True) for name in kernel.arg_names if name.isupper() and name not in "HNM"}
 
 
-def compiled(kernel: Any, config: Config, size: int, features: int, kind: str, shared: bool) -> str:
+def compiled(
+    kernel: Any, config: Config, size: int, features: int, kind: str, shared: bool, mapped: bool
+) -> str:
     """One line about the compiled kernel."""
     operand = tl.bfloat16 if kind == "bf16" else tl.float32
-    fixed = constants(kernel, config, size, features, operand, shared)
+    fixed = constants(kernel, config, size, features, operand, shared, mapped)
 
     def type_of(name: str) -> str:
         if name in INPUTS:
@@ -72,7 +87,7 @@ def compiled(kernel: Any, config: Config, size: int, features: int, kind: str, s
     )
     options = {"num_warps": config.warps, "num_stages": config.stages}
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    line = f"{kernel.fn.__name__} {kind} shared memory {result.metadata.shared}"
+    line = f"{kernel.fn.__name__}{' with maps' * mapped} {kind} shared memory {result.metadata.shared}"
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if tool.exists():
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -85,12 +100,16 @@ def compiled(kernel: Any, config: Config, size: int, features: int, kind: str, s
 
 def main(size: int, features: int, only: str = "") -> None:
     """16-bit numbers in every configuration, float32 in the one meant for it."""
-    for config in CONFIGS:
-        for kernel in (kernel for kernel in KERNELS if only in kernel.fn.__name__):
-            modes = (False, True) if {"SHARED", "LAGGING"} & set(kernel.arg_names) else (False,)
-            for shared in modes:
-                kind = "fp32" if config is CONFIGS[-1] else "bf16"
-                print(config.chunk, config.keys, compiled(kernel, config, size, features, kind, shared))
+    for config, kernel in itertools.product(CONFIGS, KERNELS):
+        name = kernel.fn.__name__
+        if only not in name or (name == "mapped_keys_kernel" and not config.maps):
+            continue
+        kind = "fp32" if config is CONFIGS[-1] else "bf16"
+        shared = (False, True) if {"SHARED", "LAGGING"} & set(kernel.arg_names) else (False,)
+        mapped = (False, True)[: 1 + config.maps] if "MAPPED" in kernel.arg_names else (False,)
+        for options in itertools.product(shared, mapped):
+            line = compiled(kernel, config, size, features, kind, *options)
+            print(config.chunk, config.keys, line, flush=True)
 
 
 if __name__ == "__main__":

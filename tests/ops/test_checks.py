@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from equipoise.ops import MIXING_RULES, Branches, hybrid_attention
+from equipoise.ops import MIXING_RULES, Branches, hybrid_attention, segment_ids_from_cu_seqlens
 from equipoise.ops.checks import check_arguments
 from equipoise.ops.types import Call
 from equipoise.registry import UnknownNameError
@@ -129,3 +129,11 @@ def test_wrong_words_are_refused_where_annotations_are_not_checked() -> None:
         "expected reading 'literal' or 'renormalised', got 'strict'.",
         "expected layout 'sliding' or 'terraced', got 'rolling'.",
     ]
+
+
+def test_segments_from_bounds() -> None:
+    bounds = torch.tensor([0, 3, 3, 4, 6], dtype=torch.int32)
+    assert segment_ids_from_cu_seqlens(bounds, 6).tolist() == [[0, 0, 0, 2, 3, 3]]
+    for wrong in ([0], [1, 6], [0, 5], [0, 4, 2, 6]):
+        with pytest.raises(ValueError, match="rise from 0 to the row's length, 6"):
+            segment_ids_from_cu_seqlens(torch.tensor(wrong), 6)

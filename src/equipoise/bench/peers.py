@@ -117,7 +117,10 @@ def _fla(setting: BenchSetting, x: Inputs) -> Callable[[], Tensor]:
         raise UnavailableError("flash-linear-attention runs on GPUs only")
     if importlib.util.find_spec("fla") is None:
         raise UnavailableError("flash-linear-attention is not installed: pip install 'equipoise[gpu]'")
-    ops: Any = importlib.import_module("fla.ops.linear_attn")
+    try:
+        ops: Any = importlib.import_module("fla.ops.linear_attn")
+    except ImportError as error:  # of another release of torch or Triton, say
+        raise UnavailableError(f"flash-linear-attention cannot be imported: {error}") from error
     groups = setting.heads // setting.kv_heads
 
     def call() -> Tensor:

@@ -34,6 +34,9 @@ class FeatureMap(nn.Module, ABC):
 
     two_sided: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    kernel: ClassVar[str | None] = None
+    """The formula by which `equipoise.ops` may compute this map itself. Not inherited: it holds for the class
+    that declares it, as a subclass may have another activation."""
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -76,6 +79,8 @@ FEATURE_MAPS: Registry[type[FeatureMap]] = Registry("feature map")
 @FEATURE_MAPS.register("hedgehog")
 class Hedgehog(FeatureMap):
     """[softmax(xW), softmax(-xW)], clamped at 1e-12 (arXiv 2402.04347, in the form of arXiv 2510.05901)."""
+
+    kernel = "hedgehog"
 
     def activation(self, projected: Tensor) -> Tensor:
         return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1).clamp_min(1e-12)

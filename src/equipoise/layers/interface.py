@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from equipoise.layers.cache import CacheError, HybridCache, HybridCacheLayer
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.layers.softmax import donor_attention
+from equipoise.ops import segment_ids_from_cu_seqlens
 
 ATTENTION = "equipoise"
 """The name under which transformers finds the functions below."""
@@ -159,7 +160,7 @@ def prepare_decoder(
 
     Raises:
         CacheError: a cache of another kind with tokens in it.
-        ValueError: packed sequences on top of a cache.
+        ValueError: packed sequences on top of a cache, or bounds of them that do not fit the row.
     """
     config: Any = decoder.config
     cache = kwargs.get("past_key_values")
@@ -173,10 +174,16 @@ def prepare_decoder(
     elif not isinstance(cache, HybridCache):
         adopt(cache, decoder)
     if kwargs.get("segment_ids") is None:
-        segments = _segments_of(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        segments, sign = (
+            _segments_of(kwargs.get("position_ids"), kwargs.get("attention_mask")),
+            "position_ids",
+        )
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is not None:
+            segments, sign = _segments_between(bounds, args, kwargs), "cu_seq_lens_q"
         if segments is not None and cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "these position_ids restart, as for packed sequences, but the cache holds an earlier part "
+                f"these {sign} restart, as for packed sequences, but the cache holds an earlier part "
                 "without segments: pass segment_ids with every part, or start from past_key_values=None."
             )
         if segments is not None:
@@ -221,6 +228,17 @@ def adopt(cache: Any, decoder: nn.Module) -> None:
         )
     cache.layers = HybridCache(config, mixers_of(decoder)).layers
     cache.layer_class_to_replicate = None
+
+
+def _segments_between(bounds: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Segments from the bounds that transformers' collators make for FlashAttention: of one row, all told."""
+    tokens = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+    if tokens.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q bounds the sequences of one packed row, got a batch of {tokens.shape[0]} rows: "
+            "pack them into one, or pass segment_ids."
+        )
+    return segment_ids_from_cu_seqlens(bounds.to(tokens.device), tokens.shape[1])
 
 
 def _segments_of(position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from equipoise.ops.hybrid import hybrid_attention, linear_attention, window_attention
 from equipoise.ops.mix import MIXING_RULES
+from equipoise.ops.tokens import segment_ids_from_cu_seqlens
 from equipoise.ops.types import AttentionState, Branches
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Branches",
     "hybrid_attention",
     "linear_attention",
+    "segment_ids_from_cu_seqlens",
     "window_attention",
 ]

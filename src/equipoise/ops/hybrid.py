@@ -59,7 +59,7 @@ def hybrid_attention(
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; window branch only.
         key_mask: True for real tokens; what stands at the others does not matter, and their output is 0.
         segment_ids: id >= 0 of the sequence each token belongs to, one run of tokens per id; no branch looks
-            across.
+            across. `segment_ids_from_cu_seqlens` makes them from bounds.
         branches: which branches run, see `Branches`; both where None.
         sinks: the first so many real tokens of a segment join every window (and leave the linear branch's key
             set when disjoint).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,6 +36,26 @@ class Tokens:
     def uniform(self) -> bool:
         """Whether every row of the batch sees the same keys."""
         return self.valid is None and self.segments is None
+
+
+def segment_ids_from_cu_seqlens(cu_seqlens: Int[Tensor, " S"], length: int) -> Int[Tensor, "1 T"]:
+    """Segment ids of one packed row, from the bounds that FlashAttention's variable-length calls take.
+
+    Args:
+        cu_seqlens: where each of S - 1 sequences starts, and the length of the row last; some may be empty.
+        length: T of the row.
+
+    Raises:
+        ValueError: bounds that do not cover the row from 0 to T in order.
+    """
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+        raise ValueError(
+            f"expected cu_seqlens that rise from 0 to the row's length, {length}, got {bounds}: sequences "
+            "are packed into one row, and a token outside of all of them would see its neighbours'."
+        )
+    tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True)[None]
 
 
 def index_tokens(

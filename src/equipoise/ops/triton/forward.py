@@ -38,21 +38,23 @@ def fold(ready: Plan, *, final: bool) -> tuple[Sums | None, tuple[Tensor | None,
     before, before_z = states, states_z
     if state is not None and state.linear_state is not None and state.linear_normalizer is not None:
         before, before_z = state.linear_state.contiguous(), state.linear_normalizer.contiguous()
-    blocks, flags = ready.blocks(), ready.flags()
+    blocks = ready.blocks()
     width = min(ready.config.values, blocks["BLOCK_E"])
     grid = (
         tracked.batch * ready.memories,
-        triton.cdiv(sizes[0], blocks["BLOCK_F"]),
+        ready.feature_blocks,
         triton.cdiv(sizes[1], width),
     )
     fold_kernel[grid](
-        phi_k, ready.v, *ready.tokens(), before, before_z, states, states_z, after, after_z,
+        phi_k, ready.map_weights()[1], ready.v, *ready.tokens(), before, before_z, states, states_z, after,
+        after_z,
         *phi_k.stride()[:3], *ready.v.stride()[:3], tracked.past + tracked.length, tracked.past, tracked.lag,
         ready.phi_shift, ready.chunks, ready.memories, ready.memories // tracked.kv_heads,
-        E=sizes[1], F=sizes[0], BLOCK_E=width, BLOCK_F=blocks["BLOCK_F"], BLOCK_K=blocks["BLOCK_K"],
-        CHUNK=blocks["CHUNK"], HAS_VALID=flags["HAS_VALID"], HAS_SEGMENTS=flags["HAS_SEGMENTS"],
-        HAS_INITIAL=state is not None, HAS_FINAL=final, OPERAND=flags["OPERAND"], SUM=flags["SUM"],
-        **ready.launch(),
+        **ready.only(
+            "D", "E", "F", "C", "BLOCK_F", "STEP", "BLOCK_K", "CHUNK", "MAPPED", "HAS_VALID", "HAS_SEGMENTS",
+            "OPERAND", "SUM",
+        ),
+        BLOCK_E=width, HAS_INITIAL=state is not None, HAS_FINAL=final, **ready.launch(),
     )  # fmt: skip
     return (states, states_z), (after, after_z) if final else (None, None)
 
@@ -67,9 +69,10 @@ def attend(ready: Plan, states: Sums | None) -> Tensor:
     phi_q, phi_k, weight_window, weight_linear, sums, sums_z = present(ready, states)
     grid = (triton.cdiv(tracked.length, ready.config.queries), tracked.batch * tracked.heads)
     attend_kernel[grid](
-        ready.q, ready.k, ready.v, phi_q, phi_k, weight_window, weight_linear, *ready.tokens(), sums, sums_z,
-        out, *ready.q.stride()[:3], *ready.k.stride()[:3], *ready.v.stride()[:3], *phi_q.stride()[:3],
-        *phi_k.stride()[:3], *weight_window.stride()[:3], *weight_linear.stride()[:3],
+        ready.q, ready.k, ready.v, phi_q, phi_k, *ready.map_weights(), weight_window, weight_linear,
+        *ready.tokens(), sums, sums_z, out, *ready.q.stride()[:3], *ready.k.stride()[:3],
+        *ready.v.stride()[:3], *phi_q.stride()[:3], *phi_k.stride()[:3], *weight_window.stride()[:3],
+        *weight_linear.stride()[:3],
         tracked.past + tracked.length, tracked.past, call.window or 0, tracked.lag, ready.phi_shift,
         ready.chunks, call.scale, call.softcap or 1.0, tracked.heads, tracked.kv_heads, ready.memories,
         **ready.blocks(), **ready.flags(), **ready.launch(),

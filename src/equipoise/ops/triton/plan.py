@@ -23,6 +23,10 @@ TYPES = {
 """Triton's names of the types that numbers may have."""
 
 
+COLUMNS = 128
+"""Most columns of a map's weight, half its features, that a program holds at once."""
+
+
 class Tracked(Stream):
     """`Stream`'s account of tokens, weights and state, without its passes over q, k and v.
 
@@ -51,11 +55,16 @@ class Tracked(Stream):
         )  # fmt: skip
 
 
+Maps = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the kernels of one call need; k, v, valid and segments lie on the axis X of history and call.
 
     Attributes:
+        phi_q, phi_k: features; where there are maps, the queries and keys that kernels map themselves.
+        maps: weights [H, D, C] and [M, D, C] of Hedgehog maps, in the type of products.
         phi_shift: how many tokens of the axis X lie before the first of phi_k.
         weights: of the branches, [B, H, T] with any strides.
         first_segment: segment of the sums that the call starts with [B].
@@ -68,6 +77,7 @@ class Plan:
     v: Tensor
     phi_q: Tensor | None
     phi_k: Tensor | None
+    maps: Maps | None
     phi_shift: int
     weights: Weights
     valid: Tensor | None
@@ -79,35 +89,63 @@ class Plan:
         return triton.cdiv(self.tracked.length, self.config.chunk)
 
     @property
+    def columns(self) -> int:
+        """C of the maps."""
+        return 1 if self.maps is None else self.maps[1].shape[-1]
+
+    @property
     def features(self) -> int:
+        if self.maps is not None:
+            return 2 * self.columns
         return 1 if self.phi_k is None else self.phi_k.shape[-1]
 
     @property
     def memories(self) -> int:
+        if self.maps is not None:
+            return self.maps[1].shape[0]
         return self.tracked.kv_heads if self.phi_k is None else self.phi_k.shape[1]
 
     def blocks(self) -> dict[str, int]:
         """Sizes of the dimensions and the powers of two that hold them."""
         sizes = self.tracked.size, self.tracked.value_size
+        block = min(self.config.features, padded(self.features))
+        if self.maps is not None:  # half of the features, since each is a softmax
+            block = padded(self.columns)
         return {
-            "D": sizes[0], "E": sizes[1], "F": self.features, "BLOCK_D": padded(sizes[0]),
-            "BLOCK_E": padded(sizes[1]), "BLOCK_F": min(self.config.features, padded(self.features)),
+            "D": sizes[0], "E": sizes[1], "F": self.features, "C": self.columns, "BLOCK_D": padded(sizes[0]),
+            "BLOCK_E": padded(sizes[1]), "BLOCK_F": block,
+            "STEP": min(self.config.features, padded(sizes[0])),
             "BLOCK_Q": self.config.queries, "BLOCK_K": self.config.keys, "CHUNK": self.config.chunk,
         }  # fmt: skip
+
+    @property
+    def feature_blocks(self) -> int:
+        """Programs that share the rows of S."""
+        return 2 if self.maps is not None else triton.cdiv(self.features, self.blocks()["BLOCK_F"])
 
     def flags(self) -> dict[str, Any]:
         """Which parts of a kernel are compiled in, and the types it computes in."""
         call = self.tracked.call
         return {
-            "HAS_VALID": self.valid is not None, "HAS_SEGMENTS": self.segments is not None,
-            "HAS_CAP": call.softcap is not None, "LAGGING": call.lagging, "SHARED": self.tracked.shared,
+            "MAPPED": self.maps is not None, "HAS_VALID": self.valid is not None,
+            "HAS_SEGMENTS": self.segments is not None, "HAS_CAP": call.softcap is not None,
+            "LAGGING": call.lagging, "SHARED": self.tracked.shared,
             "HAS_WINDOW": call.window is not None and self.weights.window is not None,
             "HAS_LINEAR": self.phi_k is not None and (self.tracked.shared or self.weights.linear is not None),
             "OPERAND": operand_of(call.q.dtype), "SUM": TYPES[self.tracked.dtype],
         }  # fmt: skip
 
+    def only(self, *names: str) -> dict[str, Any]:
+        """The constants a kernel asks for."""
+        known = {**self.blocks(), **self.flags()}
+        return {name: known[name] for name in names}
+
     def launch(self) -> dict[str, int]:
         return {"num_warps": self.config.warps, "num_stages": self.config.stages}
+
+    def map_weights(self) -> Maps:
+        """Weights of the maps; any tensor where there are none: it is never read."""
+        return self.maps or (self.q, self.q)
 
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """valid, segments and first segment; any tensor where there are none: it is never read."""
@@ -126,8 +164,8 @@ def operand_of(dtype: torch.dtype) -> Any:
     return tl.float32 if dtype == torch.float16 else TYPES[dtype]
 
 
-def plan(call: Call, weights: Weights | None = None) -> Plan:
-    """Make a call ready; weights of the branches are computed unless given."""
+def plan(call: Call, weights: Weights | None = None, maps: Maps | None = None) -> Plan:
+    """Make a call ready; weights of the branches are computed, and those of maps looked up, unless given."""
     tracked = Tracked(call)
     weights = weights or mixing_weights(tracked)
     state, tokens = call.state, tracked.tokens
@@ -141,13 +179,35 @@ def plan(call: Call, weights: Weights | None = None) -> Plan:
         if state is not None and state.folded_segment is not None:
             first_segment = state.folded_segment.to(torch.int32).contiguous()
         segments = segments.to(torch.int32).contiguous()
-    phi_k, shift = _key_features(call, k, tracked.past)
+    q, k, maps = plain(call.q), plain(k), maps or map_weights(call)
+    phi_q, (phi_k, shift) = q, (k, 0)
+    if maps is None:
+        phi_q, (phi_k, shift) = _query_features(call), _key_features(call, k, tracked.past)
     return Plan(
-        tracked=tracked, config=config_for(call.q.dtype), q=plain(call.q), k=plain(k), v=plain(v),
-        phi_q=_query_features(call), phi_k=phi_k, phi_shift=shift, weights=_rows(weights, tracked),
+        tracked=tracked, config=config_for(call.q.dtype), q=q, k=k, v=plain(v), phi_q=phi_q, phi_k=phi_k,
+        maps=None if maps is None else _cast(maps, call), phi_shift=shift, weights=_rows(weights, tracked),
         valid=None if tokens.valid is None else tokens.valid.to(torch.int8).contiguous(), segments=segments,
         first_segment=first_segment,
     )  # fmt: skip
+
+
+def map_weights(call: Call) -> Maps | None:
+    """Weights of the maps that the kernels compute themselves; None where features come from elsewhere.
+
+    They know Hedgehog's formula alone, take it from a class that declares it, and hold all C columns.
+    """
+    if not config_for(call.q.dtype).maps:
+        return None
+    if any(vars(type(phi)).get("kernel") != "hedgehog" for phi in (call.phi_q, call.phi_k)):
+        return None
+    weights = tuple(cast(Any, phi).weight for phi in (call.phi_q, call.phi_k))
+    return cast(Maps, weights) if weights[0].shape[-1] <= COLUMNS else None
+
+
+def _cast(maps: Maps, call: Call) -> Maps:
+    """Weights as operands of products."""
+    dtype = torch.float32 if call.q.dtype == torch.float16 else call.q.dtype
+    return maps[0].to(dtype).contiguous(), maps[1].to(dtype).contiguous()
 
 
 def plain(tensor: Tensor) -> Tensor:
