@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from equipoise.ops.pending import SLOTS
 from equipoise.ops.triton import (
     backward_kernels,
     forward_kernels,
@@ -38,6 +39,7 @@ KERNELS = (
 INPUTS = {
     "q", "k", "v", "map_q", "map_k", "phi_q", "phi_k", "out", "grad", "grad_q", "grad_k", "grad_phi_q",
     "grad_phi_k", "grad_projected", "keys", "values", "features", "new_keys", "new_values", "new_features",
+    "pending_features", "pending_values",
 }  # fmt: skip
 SUMS = {
     "weight_window", "weight_linear", "initial", "initial_z", "states", "states_z", "final", "final_z",
@@ -46,7 +48,8 @@ SUMS = {
 }  # fmt: skip
 OTHERS = {
     "valid": "*i8", "new_valid": "*i8", "segments": "*i32", "first_segment": "*i32", "largest": "*i32",
-    "folded": "*i64", "new_folded": "*i64", "scale": "fp32", "softcap": "fp32",
+    "pending": "*i32", "new_pending": "*i32", "folded": "*i64", "new_folded": "*i64", "scale": "fp32",
+    "softcap": "fp32",
 }  # fmt: skip
 
 
@@ -60,8 +63,8 @@ def constants(
         "BLOCK_C": columns, "BLOCK_F": columns if mapped else min(config.features, features),
         "BLOCK_Q": config.queries, "BLOCK_K": config.keys, "CHUNK": config.chunk,
         "STEP": min(config.features, size), "MAPPED": mapped,
-        "R": 63, "BLOCK_R": 64, "HEADS": 16, "OPERAND": operand, "SUM": tl.float32, "SHARED": shared,
-        "LAGGING": shared, "WIDTH": min(WIDTH, features), "FLOOR": 1e-12,
+        "R": 63, "BLOCK_R": 64, "HEADS": 16, "SLOTS": SLOTS, "OPERAND": operand, "SUM": tl.float32,
+        "SHARED": shared, "LAGGING": shared, "WIDTH": min(WIDTH, features), "FLOOR": 1e-12,
     }  # fmt: skip
     if kernel.fn.__name__ in ("fold_kernel", "unfold_kernel", "step_kernel"):
         known["BLOCK_E"] = 32

@@ -9,6 +9,7 @@ import torch
 
 from equipoise.ops import hybrid_attention
 from equipoise.ops.dispatch import backend
+from equipoise.ops.pending import SLOTS, settled
 from support import PositiveMap, attention_inputs, normal, padding_mask
 
 pytest.importorskip("triton")
@@ -59,7 +60,8 @@ def decoded(
             )  # fmt: skip
         outs.append(out)
     assert state is not None
-    return [torch.cat(outs, 2), *state.tensors()]
+    assert (state.pending is not None) is (name == "triton" and reuse)
+    return [torch.cat(outs, 2), *settled(state).tensors()]
 
 
 def check(place: tuple[str, torch.dtype], sizes: dict[str, Any], **options: Any) -> None:
@@ -96,6 +98,50 @@ def test_blocks(overlap: bool, place: tuple[str, torch.dtype]) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_tokens_wait_beside_the_sums_until_their_slots_are_full(
+    overlap: bool, place: tuple[str, torch.dtype]
+) -> None:
+    """S is written once in `SLOTS` steps; more features and values than a block holds."""
+    check(
+        place, {"batch": 1, "heads": 2, "kv": 1, "value": 34}, maps=2, as_maps=False, features=34, window=3,
+        prompt=5, steps=SLOTS + 2, overlap=overlap, reuse=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("then", ["walk", "stream", "triton"])
+def test_waiting_tokens_go_along_to_other_paths_and_rows(then: str, place: tuple[str, torch.dtype]) -> None:
+    """After a few steps in slots: rows picked as beam search does, then several tokens at once."""
+    if then == "stream" and place[0] != "cpu":
+        pytest.skip("stream runs on CPU")
+    device, dtype = place
+    q, k, v = (x.to(device, dtype) for x in attention_inputs(12, batch=2, heads=2, kv=1, seed=3))
+    phi = [PositiveMap(2, seed=seed).to(device)(x).detach() for seed, x in ((1, q), (2, k))]
+    tensors = q, k, v, *phi
+    rows = torch.tensor([1, 1, 0], device=device)
+
+    def run(steps: str, rest: str) -> list[torch.Tensor]:
+        outs, state = [], None
+        for start, stop, name in ((0, 6, "walk"), (6, 7, steps), (7, 8, steps), (8, 9, steps), (9, 12, rest)):
+            parts = [x[:, :, start:stop] if start < 9 else x[rows, :, start:stop] for x in tensors]
+            if start == 9:
+                assert state is not None
+                assert (state.pending is not None) is (steps == "triton")
+                state = state.map(lambda x: x.index_select(0, rows))
+            with backend(name), torch.no_grad():
+                out, state = hybrid_attention(
+                    *parts, window=4, initial_state=state, output_final_state=True, reuse_state=0 < start < 9
+                )
+            outs.append(out)
+        assert state is not None
+        assert state.pending is None
+        return [*outs, *state.tensors()]
+
+    tolerance = TOLERANCES[dtype]
+    for one, other in zip(run("triton", then), run("walk", "walk"), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
 def test_one_launch_a_step_and_sums_in_place(
     place: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +169,10 @@ def test_one_launch_a_step_and_sums_in_place(
             )  # fmt: skip
         assert after is not None
         assert (after.linear_state is state.linear_state) is reuse
-        assert torch.equal(state.linear_state, before) is not reuse
+        assert torch.equal(state.linear_state, before)  # in place, the token waits beside it
+        assert after.linear_state is not None
+        assert torch.equal(after.linear_state, before) is reuse
+        assert after.pending is None or after.pending.tolist() == [1] * len(q)
     assert len(launches) == 2
 
 

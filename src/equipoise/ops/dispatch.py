@@ -13,12 +13,14 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from equipoise.ops import native_step, step, stream, stream_backward, stream_forward, transfer_blocks
+from equipoise.ops.pending import settled
 from equipoise.ops.types import AttentionState, Call, Donor
 from equipoise.ops.walk import Walk
 from equipoise.registry import unknown_name
@@ -71,10 +73,11 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
         BackendError: the backend asked for cannot run it.
     """
     name = wanted()
-    if name == "walk":
-        return Walk(call).run(output_final_state)
     if name == "triton" or (name == "auto" and call.q.device.type == "cuda"):
         return _run_triton(call, output_final_state, insist=name == "triton")
+    call = _settled(call)
+    if name == "walk":
+        return Walk(call).run(output_final_state)
     reason = _why_not_stream(call, output_final_state)
     if reason is None:
         if needs_gradient(call):
@@ -116,7 +119,14 @@ def _transfer_triton(phi_q: Tensor, phi_k: Tensor, donor: Donor, *, insist: bool
 
 def _fall_back(call: Call, output_final_state: bool, reason: str) -> tuple[Tensor, AttentionState | None]:
     _say(reason)
-    return Walk(call).run(output_final_state)
+    return Walk(_settled(call)).run(output_final_state)
+
+
+def _settled(call: Call) -> Call:
+    """The call for backends that know of no tokens waiting beside S, which a step by Triton may leave."""
+    if call.state is None or call.state.pending is None:
+        return call
+    return replace(call, state=settled(call.state))
 
 
 def _say(reason: str) -> None:

@@ -3,7 +3,7 @@
 Shape legend, here and in every file of this package:
     B batch    H query heads    N key/value heads (H a multiple of N)    T new tokens    D head_dim
     E value head_dim    F feature dimension D_phi    M heads of phi(k), either H or N
-    R tokens of history a window needs    P sinks
+    R tokens of history a window needs    P sinks    W slots of tokens that wait beside S
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ class AttentionState:
             terraces.
         sink_keys, sink_values, sink_valid, sink_segment: sinks that have left the window [B, N, P, D],
             [B, N, P, E], [B, P], [B].
+        pending, pending_features, pending_values: how many tokens count as folded but wait beside S, which
+            lacks them yet [B], and what they add [B, M, W, F], [B, N, W, E]; only a backend that writes S
+            once for several tokens leaves any, and `equipoise.ops.pending.settled` adds them.
         features, sink_features: phi(k) of the tokens above, where features were given as tensors and linear
             attention lags behind the window (disjoint) [B, M, R, F], [B, M, P, F].
     """
@@ -85,6 +88,9 @@ class AttentionState:
     sink_values: Float[Tensor, "B N P E"] | None = None
     sink_valid: Bool[Tensor, "B P"] | None = None
     sink_segment: Int[Tensor, " B"] | None = None
+    pending: Int[Tensor, " B"] | None = None
+    pending_features: Float[Tensor, "B M W F"] | None = None
+    pending_values: Float[Tensor, "B N W E"] | None = None
     features: Float[Tensor, "B M R F"] | None = None
     sink_features: Float[Tensor, "B M P F"] | None = None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from equipoise.ops import step
+from equipoise.ops.pending import settled
 from equipoise.ops.stream import unsupported as unsupported_by_stream
 from equipoise.ops.triton import backward, decode, forward, transfer
 from equipoise.ops.triton.interpreting import interpreting, mend
@@ -57,6 +60,8 @@ def run(call: Call, output_final_state: bool, *, gradient: bool) -> tuple[Tensor
     if step.supports(call):
         out, state = decode.run(call)
         return out, state if output_final_state else None
+    if call.state is not None:
+        call = replace(call, state=settled(call.state))
     return forward.run(call, output_final_state)
 
 

@@ -1,8 +1,10 @@
 """One step of decoding in one launch: the window, S and z updated, the mix, and the window moved on.
 
 S is updated where it lies, or written elsewhere; everything else is written to new memory, since several
-programs read it. Sizes are compiled in and nothing depends on what tensors hold, so the launch can be
-recorded in a CUDA graph.
+programs read it. Where the caller gives its state away (BATCHED), tokens wait in slots beside S, and S is
+written once they are full: reading it is what a step costs, and writing it back would double that. The
+slot of a step's own token is written by one program and read by none. Sizes are compiled in and nothing
+depends on what tensors hold, so the launch can be recorded in a CUDA graph.
 """
 
 from typing import no_type_check
@@ -16,13 +18,13 @@ from equipoise.ops.triton.common_kernels import dot, load_rows, safe, scores_of,
 @triton.jit
 @no_type_check
 def step_kernel(
-    q, k, v, phi_q, phi_k, gate, keys, values, valid, features, sums, totals, folded, out, new_keys,
-    new_values, new_valid, new_features, new_sums, new_totals, new_folded, gate_b, gate_h, scale, softcap,
-    H, N, M,
+    q, k, v, phi_q, phi_k, gate, keys, values, valid, features, sums, totals, folded, pending,
+    pending_features, pending_values, out, new_keys, new_values, new_valid, new_features, new_sums,
+    new_totals, new_folded, new_pending, gate_b, gate_h, scale, softcap, H, N, M,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
-    SHARED: tl.constexpr, LAGGING: tl.constexpr, FROM_STATE: tl.constexpr, HAS_CAP: tl.constexpr,
-    SUM: tl.constexpr,
+    SLOTS: tl.constexpr, BATCHED: tl.constexpr, SHARED: tl.constexpr, LAGGING: tl.constexpr,
+    FROM_STATE: tl.constexpr, HAS_CAP: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch row, memory) and block of E; all tensors contiguous.
 
@@ -73,6 +75,19 @@ def step_kernel(
         column = tl.load(values + e, mask=e < E, other=0.0).to(SUM) * counts
     far = tl.zeros([HEADS, BLOCK_E], SUM)
     far_mass = tl.zeros([HEADS], SUM)
+    own = tl.zeros([HEADS], SUM)
+    slot = tl.arange(0, SLOTS)
+    waiting, full = 0, True
+    if BATCHED:
+        waiting = tl.load(pending + b)
+        full = waiting == SLOTS - 1
+        pending_features += memory * SLOTS * F
+        pending_values += (b * N + n) * SLOTS * E
+        held_values = load_rows(pending_values, slot, E, e, slot < waiting, E).to(SUM)
+        held_weights = tl.zeros([HEADS, SLOTS], SUM)
+        mine = (slot == waiting) & (full == 0)
+        kept = slot * 0.0 + 1.0
+        store_rows(pending_values, slot, E, e, mine & owns_window, kept[:, None] * column[None, :], E)
     for start in range(0, F, BLOCK_F):
         part = start + f
         inside = part < F
@@ -82,20 +97,28 @@ def step_kernel(
             row = tl.load(phi_k + memory * F + part, mask=inside, other=0.0).to(SUM)
         if LAGGING:
             row = row * counts
-        before = load_rows(sums + memory * F * E, part, E, e, inside, E)
+        sum_rows = load_rows(sums + memory * F * E, part, E, e, inside, E)
         total = tl.load(totals + memory * F + part, mask=inside, other=0.0)
-        after, total_after = before + row[:, None] * column[None, :], total + row
         asked = load_rows(phi_q, heads, F, part, real, F).to(SUM)
-        if LAGGING:
-            far += dot(asked, before)
-            far_mass += tl.sum(asked * total[None, :], 1)
-        else:
-            far += dot(asked, after)
-            far_mass += tl.sum(asked * total_after[None, :], 1)
-        store_rows(new_sums + memory * F * E, part, E, e, inside, after, E)
-        tl.store(new_totals + memory * F + part, total_after, mask=inside & first_e)
+        far += dot(asked, sum_rows)
+        far_mass += tl.sum(asked * total[None, :], 1)
+        own += tl.sum(asked * row[None, :], 1)
+        after = sum_rows + row[:, None] * column[None, :]
+        if BATCHED:
+            held = load_rows(pending_features, slot, F, part, slot < waiting, F).to(SUM)
+            held_weights += dot(asked, tl.trans(held))
+            after += dot(tl.trans(held), held_values)
+            store_rows(pending_features, slot, F, part, mine & first_e, kept[:, None] * row[None, :], F)
+        store_rows(new_sums + memory * F * E, part, E, e, inside & full, after, E)
+        tl.store(new_totals + memory * F + part, total + row, mask=inside & first_e)
         if FROM_STATE:
             move_features(features, new_features, phi_k, memory, part, first_e, F, R, BLOCK_R)
+    if BATCHED:
+        far += dot(held_weights, held_values)
+        tl.store(new_pending + b, tl.where(full, 0, waiting + 1), mask=first_e & (m == 0))
+    if LAGGING == 0:  # linear attention sees the new token too
+        far += own[:, None] * column[None, :]
+        far_mass += own
     weight = tl.load(gate + b * gate_b + (m * (H // M) + member) * gate_h, mask=real, other=0.0).to(SUM)
     if SHARED:
         mixed = (near * weight[:, None] + far) / safe(mass * weight + far_mass)[:, None]
