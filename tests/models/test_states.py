@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,19 @@ def test_nothing_to_read_is_refused(converted: Any, saved: Path) -> None:
         read_prompt(converted, BOOK[:, :0])
     with pytest.raises(ValueError, match="at least one token"):
         load_state(saved, converted).inputs(BOOK[:, :0])
+
+
+def test_tokens_waiting_beside_the_sums_are_in_the_file(converted: Any, tmp_path: Path) -> None:
+    """As decoding on a GPU leaves them: added to the sums, since a slot that is free may hold anything."""
+    read = read_prompt(converted, BOOK)
+    layer: Any = read.cache.layers[0]
+    before = layer.state.linear_state
+    features, values = torch.full((1, 4, 16, 16), torch.nan), torch.full((1, 2, 16, 8), torch.nan)
+    features[:, :, :3], values[:, :, :3] = 2.0, 0.5
+    layer.state = replace(
+        layer.state, pending=torch.tensor([3]), pending_features=features, pending_values=values
+    )
+    save_state(tmp_path / "book.safetensors", read, converted)
+    loaded: Any = load_state(tmp_path / "book.safetensors", converted).cache.layers[0]
+    assert loaded.state.pending is None
+    torch.testing.assert_close(loaded.state.linear_state, before + 3)

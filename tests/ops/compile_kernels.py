@@ -18,7 +18,6 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from equipoise.ops.pending import SLOTS
 from equipoise.ops.triton import (
     backward_kernels,
     forward_kernels,
@@ -28,6 +27,7 @@ from equipoise.ops.triton import (
     transfer_kernels,
 )
 from equipoise.ops.triton.configs import CONFIGS, Config
+from equipoise.ops.triton.decode import SLOTS
 from equipoise.ops.triton.transfer import WIDTH
 
 KERNELS = (

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from equipoise.ops import hybrid_attention
+from equipoise.ops import AttentionState, hybrid_attention
 from equipoise.ops.dispatch import backend
-from equipoise.ops.pending import SLOTS, settled
 from support import PositiveMap, attention_inputs, normal, padding_mask
 
 pytest.importorskip("triton")
 from equipoise.ops.triton import decode
+from equipoise.ops.triton.decode import SLOTS
 
 DEVICES = [
     pytest.param(("cpu", torch.float64), id="interpreter"),
@@ -61,7 +61,7 @@ def decoded(
         outs.append(out)
     assert state is not None
     assert (state.pending is not None) is (name == "triton" and reuse)
-    return [torch.cat(outs, 2), *settled(state).tensors()]
+    return [torch.cat(outs, 2), *state.settled().tensors()]
 
 
 def check(place: tuple[str, torch.dtype], sizes: dict[str, Any], **options: Any) -> None:
@@ -109,9 +109,12 @@ def test_tokens_wait_beside_the_sums_until_their_slots_are_full(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("then", ["walk", "stream", "triton"])
-def test_waiting_tokens_go_along_to_other_paths_and_rows(then: str, place: tuple[str, torch.dtype]) -> None:
-    """After a few steps in slots: rows picked as beam search does, then several tokens at once."""
+@pytest.mark.parametrize(("then", "joined"), [("walk", 0), ("stream", 0), ("triton", 0), ("triton", 1)])
+def test_waiting_tokens_go_along_to_other_paths_and_rows(
+    then: str, joined: int, place: tuple[str, torch.dtype]
+) -> None:
+    """After a few steps in slots: rows picked, as beam search does, and joined by others that have none
+    waiting; then several tokens at once."""
     if then == "stream" and place[0] != "cpu":
         pytest.skip("stream runs on CPU")
     device, dtype = place
@@ -123,11 +126,15 @@ def test_waiting_tokens_go_along_to_other_paths_and_rows(then: str, place: tuple
     def run(steps: str, rest: str) -> list[torch.Tensor]:
         outs, state = [], None
         for start, stop, name in ((0, 6, "walk"), (6, 7, steps), (7, 8, steps), (8, 9, steps), (9, 12, rest)):
-            parts = [x[:, :, start:stop] if start < 9 else x[rows, :, start:stop] for x in tensors]
+            chosen = slice(None) if start < 9 else torch.cat([rows, rows.new_tensor([0, 1] * joined)])
+            parts = [x[chosen, :, start:stop] for x in tensors]
             if start == 9:
                 assert state is not None
                 assert (state.pending is not None) is (steps == "triton")
-                state = state.map(lambda x: x.index_select(0, rows))
+                others = state.settled()
+                assert others.pending is None
+                picked = state.map(lambda x: x.index_select(0, rows))
+                state = AttentionState.concatenate([picked, others]) if joined else picked
             with backend(name), torch.no_grad():
                 out, state = hybrid_attention(
                     *parts, window=4, initial_state=state, output_final_state=True, reuse_state=0 < start < 9

@@ -253,7 +253,8 @@ def _tensors(cache: HybridCache) -> dict[str, Tensor]:
     for index, layer in enumerate(cache.layers):
         held = vars(layer) if not isinstance(layer, HybridCacheLayer) else {}
         if isinstance(layer, HybridCacheLayer) and layer.state is not None:
-            held = {f.name: getattr(layer.state, f.name) for f in fields(layer.state)}
+            state = layer.state.settled()  # slots of waiting tokens may hold anything
+            held = {f.name: getattr(state, f.name) for f in fields(state)}
         for name in held.keys() & _NAMES:
             if held[name] is not None:
                 found[f"layers.{index}.{name}"] = held[name].detach().cpu().clone().contiguous()

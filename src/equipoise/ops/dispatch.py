@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from equipoise.ops import native_step, step, stream, stream_backward, stream_forward, transfer_blocks
-from equipoise.ops.pending import settled
 from equipoise.ops.types import AttentionState, Call, Donor
 from equipoise.ops.walk import Walk
 from equipoise.registry import unknown_name
@@ -126,7 +125,7 @@ def _settled(call: Call) -> Call:
     """The call for backends that know of no tokens waiting beside S, which a step by Triton may leave."""
     if call.state is None or call.state.pending is None:
         return call
-    return replace(call, state=settled(call.state))
+    return replace(call, state=call.state.settled())
 
 
 def _say(reason: str) -> None:

@@ -69,7 +69,7 @@ class AttentionState:
             [B, N, P, E], [B, P], [B].
         pending, pending_features, pending_values: how many tokens count as folded but wait beside S, which
             lacks them yet [B], and what they add [B, M, W, F], [B, N, W, E]; only a backend that writes S
-            once for several tokens leaves any, and `equipoise.ops.pending.settled` adds them.
+            once for several tokens leaves any, and `settled` adds them.
         features, sink_features: phi(k) of the tokens above, where features were given as tensors and linear
             attention lags behind the window (disjoint) [B, M, R, F], [B, M, P, F].
     """
@@ -99,6 +99,19 @@ class AttentionState:
         present = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: function(t) for name, t in present if t is not None})
 
+    def settled(self) -> AttentionState:
+        """The same state with every waiting token added to S, in new memory; itself where none can wait."""
+        waiting, features, values = self.pending, self.pending_features, self.pending_values
+        if waiting is None or features is None or values is None or self.linear_state is None:
+            return self
+        absent = torch.arange(features.shape[2], device=waiting.device) >= waiting[:, None]
+        features, values = (  # what lies in the other slots may be anything
+            x.to(self.linear_state.dtype).masked_fill(absent[:, None, :, None], 0) for x in (features, values)
+        )
+        values = values.repeat_interleave(features.shape[1] // values.shape[1], 1)
+        sums = self.linear_state + features.mT @ values
+        return replace(self, linear_state=sums, pending=None, pending_features=None, pending_values=None)
+
     @staticmethod
     def concatenate(states: Sequence[AttentionState]) -> AttentionState:
         """The states' rows as one batch, in order.
@@ -106,6 +119,7 @@ class AttentionState:
         Raises:
             ValueError: they do not hold the same things, so they are not of one layer in one mode.
         """
+        states = [state.settled() for state in states]
         merged: dict[str, Tensor | None] = {}
         for name in (f.name for f in fields(AttentionState)):
             parts = [t for state in states if (t := getattr(state, name)) is not None]

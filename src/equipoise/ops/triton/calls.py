@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from equipoise.ops import step
-from equipoise.ops.pending import settled
 from equipoise.ops.stream import unsupported as unsupported_by_stream
 from equipoise.ops.triton import backward, decode, forward, transfer
 from equipoise.ops.triton.interpreting import interpreting, mend
@@ -61,7 +60,7 @@ def run(call: Call, output_final_state: bool, *, gradient: bool) -> tuple[Tensor
         out, state = decode.run(call)
         return out, state if output_final_state else None
     if call.state is not None:
-        call = replace(call, state=settled(call.state))
+        call = replace(call, state=call.state.settled())
     return forward.run(call, output_final_state)
 
 

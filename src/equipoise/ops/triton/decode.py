@@ -9,13 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from equipoise.ops.pending import SLOTS, settled
 from equipoise.ops.triton.plan import TYPES, mapped, padded
 from equipoise.ops.triton.step_kernel import step_kernel
 from equipoise.ops.types import AttentionState, Call, accumulation_dtype
 
 VALUES, FEATURES, TOKENS = 32, 32, 64
 """Columns and rows of S, and tokens of the window, that a program holds at a time."""
+SLOTS = 16
+"""Tokens that wait beside S and are folded at once; products need 16."""
 
 
 def run(call: Call) -> tuple[Tensor, AttentionState]:
@@ -31,7 +32,7 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         torch.is_inference_mode_enabled() or not state.linear_state.is_inference()
     )
     if not in_place:
-        state = settled(state)
+        state = state.settled()
     sums, totals, folded = state.linear_state, state.linear_normalizer, state.folded
     assert sums is not None
     assert totals is not None
