@@ -19,8 +19,8 @@ class Config:
         queries, keys: rows and columns of a block of scores.
         features: features a program holds at a time.
         values: columns of S that one program of the running sums holds.
-        maps: whether Hedgehog maps are computed inside the kernels; features are tensors elsewhere.
         warps, stages: of every kernel; stages deeper than 2 are where Triton 3.6 is known to miscompile.
+        maps: whether Hedgehog maps are computed inside the kernels; features are tensors elsewhere.
     """
 
     chunk: int
@@ -28,8 +28,8 @@ class Config:
     keys: int
     features: int
     values: int
-    maps: bool
     warps: int
+    maps: bool = False
     stages: int = 1
 
     def __post_init__(self) -> None:
@@ -38,9 +38,9 @@ class Config:
 
 
 CONFIGS = (
-    Config(chunk=256, queries=64, keys=64, features=64, values=64, maps=True, warps=8),
-    Config(chunk=256, queries=64, keys=32, features=32, values=64, maps=False, warps=4),
-    Config(chunk=64, queries=16, keys=16, features=16, values=32, maps=False, warps=4),
+    Config(chunk=256, queries=64, keys=64, features=64, values=64, warps=8, maps=True),
+    Config(chunk=256, queries=64, keys=32, features=32, values=64, warps=4),
+    Config(chunk=64, queries=16, keys=16, features=16, values=32, warps=4),
 )
 """Not timed: no accelerator was at hand when they were written. Chosen by what the compiler for Hopper says
 of registers at head_dim 128 and 256 features: the first two for 16-bit numbers, the last for float32, where
