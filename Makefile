@@ -7,7 +7,7 @@ STAMP := .venv/.stamp
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recall bench test test-slow lint format clean
+.PHONY: help setup demo recall bench docs figures reference test test-slow lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "constraints.txt pins releases that need Python 3.11 or later, but .venv has $$($(BIN)/python -V); remove .venv and run: make setup PYTHON=python3.11" >&2; exit 1; }
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 demo: setup ## train, convert and audit a small model; the report lands in out/demo
@@ -30,6 +30,19 @@ bench: setup ## time the CPU operators beside their peers, one thread, and compa
 
 recall: setup ## convert a donor that recalls, and ask beyond the windows' reach; the report lands in out/recall
 	$(BIN)/equipoise recall-demo --output out/recall --seeds 0,1,2
+
+# --strict makes errors of the site's own warnings (links, pages); griffe's, about docstrings, are only printed.
+docs: setup ## build the documentation site into out/site, warnings as errors
+	$(BIN)/python tools/command_line.py
+	@mkdir -p out && $(BIN)/zensical build --strict --clean > out/site.log 2>&1 || { cat out/site.log; exit 1; }
+	@! grep '^griffe:' out/site.log
+	@echo "the site is in out/site; open out/site/index.html"
+
+figures: setup ## draw the figures of docs/method.md again
+	$(BIN)/python tools/method_figures.py
+
+reference: setup ## list the public names again, after a change that was meant
+	$(BIN)/python tools/public_names.py
 
 test: setup ## the fast tests
 	$(PYTEST)

@@ -1,0 +1,222 @@
+"""Every snippet of the README and of docs/: commands parse, Python compiles, and the tutorials and guides run.
+
+Models and texts are tiny stand-ins under the names that the pages use, and a stage of training takes one step; the
+rest of a command runs as it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from equipoise import HybridConfig, hybridize
+from equipoise.cli import app
+from equipoise.config import load_yaml
+from equipoise.data.layouts import layout_of
+from snippets import Snippet, commands, pages, snippets
+from support import tiny_model, tiny_tokenizer
+
+ALL = [snippet for page in pages() for snippet in snippets(page)]
+VERBS: Any = typer.main.get_command(app)
+
+RUN = (
+    "docs/tutorials/demo.md",
+    "docs/tutorials/seven-billion.md",
+    "docs/guides/your-own-data.md",
+    "docs/guides/windows-and-schedules.md",
+    "docs/where-it-runs.md",
+    "README.md",
+)
+"""Pages whose snippets run here, in order, one page after another in its own folder."""
+
+ELSEWHERE = {
+    "docs/extending.md": "tests/test_docs.py",
+    "docs/states.md": "tests/cli/test_states_page.py",
+    "docs/how-to-tell.md": "tests/cli/test_how_to_tell.py",
+    "docs/attribution.md": "tests/cli/test_attribute.py",
+    "docs/evaluate.md": "tests/evaluate/test_harness.py",
+    "docs/import-lolcats.md": "tests/cli/test_import_lolcats.py",
+    "docs/native-hybrids.md": "tests/audit/test_native_verb.py",
+    "docs/performance.md": "tests/cli/test_bench.py",
+    "docs/recall.md": "tests/cli/test_recall.py",
+    "docs/sweeps.md": "tests/cli/test_sweep.py",
+}
+"""Pages whose snippets, or whose verbs at least, run in tests of their own."""
+
+NOT_RUN = {
+    "bench": "times this machine",
+    "demo": "minutes; tests/test_demo.py",
+    "evaluate": "data sets of the Hub; tests/evaluate/test_harness.py",
+    "import-lolcats": "files nobody may ship; tests/cli/test_import_lolcats.py",
+    "recall": "a tokenizer of whole words; tests/cli/test_recall.py",
+    "serve": "does not return; tests/serve",
+}
+"""Verbs that are parsed only."""
+
+SHELL = {".", "cd", "curl", "git", "hf", "make", "pip"}
+"""Programs of others, taken as they stand."""
+
+
+def equipoise_commands(snippet: Snippet) -> list[list[str]]:
+    return [words[1:] for words in commands(snippet) if words[0] == "equipoise"]
+
+
+def test_every_page_with_code_is_run_somewhere() -> None:
+    assert {snippet.page for snippet in ALL} == {*RUN, *ELSEWHERE}
+    for place in ELSEWHERE.values():
+        assert (Path(__file__).parents[2] / place).is_file()
+
+
+@pytest.mark.parametrize("snippet", [s for s in ALL if commands(s)], ids=lambda s: s.place)
+def test_commands_parse(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb exists and takes these options; nothing but known programs stands beside it."""
+    monkeypatch.chdir(tmp_path)
+    Path("my-tasks").mkdir()  # has to exist to be an --include-path
+    assert {words[0] for words in commands(snippet)} <= SHELL | {"equipoise"}
+    for words in equipoise_commands(snippet):
+        command, name = VERBS, "equipoise"
+        while words and words[0] in getattr(command, "commands", {}):
+            command, name, words = command.commands[words[0]], words[0], words[1:]
+        assert command is not VERBS or words == ["--help"], f"{snippet.place}: no such verb: {words}"
+        if command is not VERBS:
+            command.make_context(name, list(words))
+
+
+@pytest.mark.parametrize("snippet", [s for s in ALL if s.language == "python"], ids=lambda s: s.place)
+def test_python_compiles(snippet: Snippet) -> None:
+    compile(snippet.text, snippet.place, "exec")
+
+
+@pytest.mark.parametrize("snippet", [s for s in ALL if s.language == "yaml"], ids=lambda s: s.place)
+def test_yaml_is_a_mapping(snippet: Snippet) -> None:
+    assert load_yaml(snippet.text, source=snippet.place)
+
+
+def test_languages_are_known() -> None:
+    known = {"bash", "console", "python", "yaml", "json", "text", "bibtex", ""}
+    assert {snippet.language for snippet in ALL} <= known
+
+
+# ---- running
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Donors, a converted model and texts, under the names of the pages."""
+    root = tmp_path_factory.mktemp("stand-ins")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<bos>{{ m.role }}: "
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<eos>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    size = {"vocab_size": 320, "max_position_embeddings": 8192, "eos_token_id": 2}
+    for name, family in {"out/demo/donor": "llama", "donor": "llama", "Qwen2.5-7B-Instruct": "qwen2"}.items():
+        tiny_model(family, **size).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for name in ("out/demo/hedgecats", "out/hedgecats"):
+        hybridize(tiny_model("llama", **size), HybridConfig(window=8)).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    _write_texts(root)
+    return root
+
+
+def _write_texts(root: Path) -> None:
+    text = [f"def window{i}(size):\n    return size + {i}\n" * 8 for i in range(120)]
+    (root / "yahma" / "alpaca-cleaned").mkdir(parents=True)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "corpus.jsonl": [{"text": t} for t in text],
+        "validation.jsonl": [{"text": t[1:]} for t in text[:6]],
+        "yahma/alpaca-cleaned/train.jsonl": [
+            {"instruction": f"Write window{i}.", "input": "", "output": t} for i, t in enumerate(text)
+        ],
+        "chats.jsonl": [
+            {"messages": [{"role": "user", "content": f"Name {i}."}, {"role": "assistant", "content": t}]}
+            for i, t in enumerate(text)
+        ],
+    }
+    for name, records in rows.items():
+        (root / name).write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "page"
+    shutil.copytree(stand_ins, place)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    return place
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The command with one step a stage, on a small text; all else as it stands."""
+    short = [re.sub(r"^((?:transfer|finetune)\.max_steps)=\d+$", r"\1=1", word) for word in words]
+    short = ["corpus.jsonl" if word == "stdlib" else word for word in short]
+    if "--max-steps" in short:
+        short[short.index("--max-steps") + 1] = "1"
+    elif words[0] == "convert" and not any("max_steps=" in word for word in words):
+        stages = () if "swa-sinks" in words else ("transfer", "finetune")
+        short += [part for stage in stages for part in ("--set", f"{stage}.max_steps=1")]
+    return short
+
+
+def run_command(words: list[str], place: str) -> None:
+    if words[0] in NOT_RUN or words == ["--help"]:
+        return
+    done = CliRunner().invoke(app, shortened(words))
+    assert done.exit_code == 0, f"{place}: equipoise {' '.join(words)}\n{done.output}"
+
+
+def steps_of(page: str) -> Iterator[tuple[str, Callable[[dict[str, Any]], None]]]:
+    """What running a page means, block by block; what one Python block defines the next ones have."""
+    for snippet in snippets(page):
+        for words in equipoise_commands(snippet):
+            yield snippet.place, lambda _, w=words, s=snippet: run_command(w, s.place)
+        if snippet.language == "python":
+            code = compile(snippet.text, snippet.place, "exec")
+            yield snippet.place, lambda names, code=code: exec(code, names)
+        if snippet.language == "yaml":
+            name = snippet.text.splitlines()[0].removeprefix("# ")
+            yield snippet.place, lambda _, n=name, s=snippet: Path(n).write_text(s.text) and None
+        if snippet.language == "json":
+            for line in snippet.text.splitlines():
+                yield snippet.place, lambda _, line=line: layout_of(json.loads(line)) and None
+
+
+def given() -> dict[str, Any]:
+    """What the README's Python takes for granted."""
+    return {"inputs": tiny_tokenizer()("def window(", return_tensors="pt"), "donor": tiny_model("llama")}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("libraries_as_before")
+@pytest.mark.parametrize("page", RUN)
+def test_page_runs(page: str, folder: Path) -> None:
+    names = given() if page == "README.md" else {}
+    for _place, step in steps_of(page):
+        step(names)
+
+
+def test_arithmetic_of_the_7b_tutorial() -> None:
+    """The sizes it prints, from the same shapes in one layer instead of 28."""
+    from equipoise import reach, state_bytes
+
+    page = (Path(__file__).parents[2] / "docs" / "tutorials" / "seven-billion.md").read_text(encoding="utf-8")
+    shapes = {"hidden_size": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128}
+    a_token = 28 * 2 * 4 * 128 * 2
+    for heads, megabytes in {"query": 107, "key_value": 18}.items():
+        model = tiny_model("llama", num_hidden_layers=1, **shapes)
+        hybridize(model, HybridConfig(window=64, map_heads=heads), check=False)
+        size = 28 * state_bytes(model)
+        assert round(size / 1e6) == megabytes
+        assert f"{megabytes} MB" in page
+        assert re.search(rf"much as {size // a_token:,}\b", page)
+        assert f"{28 * (reach(model) or 0):,} tokens" in page

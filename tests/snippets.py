@@ -1,0 +1,68 @@
+"""The code in Markdown pages: where it stands, and what a shell would make of it. Imports no equipoise."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """One fenced block."""
+
+    page: str
+    """Path from the repository's root."""
+    line: int
+    """Of the block's first line."""
+    language: str
+    text: str
+
+    @property
+    def place(self) -> str:
+        """Where to look, for messages."""
+        return f"{self.page}:{self.line}"
+
+
+def pages() -> list[str]:
+    """The README and every page of docs/, decision records and generated pages left out."""
+    found = (path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    left_out = ("docs/adr/", "docs/reference/command-line.md")
+    return ["README.md", *sorted(page for page in found if not page.startswith(left_out))]
+
+
+def snippets(page: str) -> list[Snippet]:
+    """A page's fenced blocks, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        Snippet(page, text.count("\n", 0, match.start()) + 2, match[1], match[2])
+        for match in _FENCE.finditer(text)
+    ]
+
+
+def commands(snippet: Snippet) -> list[list[str]]:
+    """The words of each command of a ``bash`` or ``console`` block, without comments and output."""
+    if snippet.language not in ("bash", "console"):
+        return []
+    joined = snippet.text.replace("\\\n", " ").splitlines()
+    prompt = "$ " if snippet.language == "console" else ""
+    lines = (line.removeprefix(prompt) for line in joined if line.startswith(prompt))
+    return [words for line in lines for words in _simple_commands(line)]
+
+
+def _simple_commands(line: str) -> Iterator[list[str]]:
+    """The commands that `&&` joins."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|<>")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, "&&"]:
+        if word != "&&":
+            words.append(word)
+        elif words:
+            yield words
+            words = []
