@@ -1,4 +1,5 @@
-"""Write docs/reference/command-line.md: the help of every verb, as it is printed. Not committed; `make docs` makes it."""
+"""Write docs/reference/command-line.md: the help of every verb. `make docs` does so, and the page is
+not committed."""
 
 from __future__ import annotations
 

@@ -109,13 +109,12 @@ def draw_reach() -> Figure:
 def draw_state() -> Figure:
     """Bytes of decode state against context, in the shapes of Llama 3 8B."""
     layers, contexts = 32, np.geomspace(64, 131_072, 60)
-    llama = {"heads": 32, "kv_heads": 8, "head_dim": 128}
     figure, axes = canvas(3.2)
     axes.plot(contexts, layers * 2 * 8 * 128 * KV_BYTES * contexts / 2**20, color=BOTH, label="softmax donor")
     for multiple, colour in ((2, LINEAR), (1, UNTRAINED_COLOUR)):
-        size = layers * state_bytes(_one_layer(window=64, multiple=multiple, **llama)) / 2**20
+        size = layers * state_bytes(_one_llama_layer(multiple=multiple)) / 2**20
         axes.axhline(size, color=colour, label=f"hybrid, w = 64, {multiple}D features: {size:.0f} MiB")
-    size = layers * state_bytes(_one_layer(window=64, map_heads="key_value", **llama)) / 2**20
+    size = layers * state_bytes(_one_llama_layer(map_heads="key_value")) / 2**20
     axes.axhline(size, color=CONTROL, label=f"the same 2D, one map per key/value head: {size:.0f} MiB")
     axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel="decode state, MiB")
     axes.set_xticks([64, 1024, 8192, 131_072], ["64", "1k", "8k", "128k"])
@@ -159,6 +158,10 @@ def _uniform(length: int) -> tuple[Tensor, Tensor, Tensor]:
     """q and k that score everything alike, and one-hot values."""
     nothing = torch.zeros(1, 1, length, HEAD_DIM, dtype=torch.float64)
     return nothing, nothing, torch.eye(length, dtype=torch.float64)[None, None]
+
+
+def _one_llama_layer(*, multiple: int = 2, map_heads: str = "query") -> Any:
+    return _one_layer(window=64, heads=32, kv_heads=8, head_dim=128, multiple=multiple, map_heads=map_heads)
 
 
 def _one_layer(

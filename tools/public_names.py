@@ -1,6 +1,7 @@
 """Write docs/reference/public-names.txt: what is public, with signatures, fields and defaults.
 
-The names are those that the pages of docs/reference show. Signatures are read from the source, which is not run.
+The names are those that the pages of docs/reference show. Signatures are read from
+the source, which is not run.
 """
 
 from __future__ import annotations

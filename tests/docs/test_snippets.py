@@ -1,7 +1,7 @@
-"""Every snippet of the README and of docs/: commands parse, Python compiles, and the tutorials and guides run.
+"""Every snippet of README and docs/: commands parse, Python compiles, and the tutorials and guides run.
 
-Models and texts are tiny stand-ins under the names that the pages use, and a stage of training takes one step; the
-rest of a command runs as it stands.
+Models and texts are tiny stand-ins under the names that the pages use, and a stage of training takes one
+step; the rest of a command runs as it stands.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ ELSEWHERE = {
     "docs/how-to-tell.md": "tests/cli/test_how_to_tell.py",
     "docs/attribution.md": "tests/cli/test_attribute.py",
     "docs/evaluate.md": "tests/evaluate/test_harness.py",
+    "docs/generation.md": "tests/models/test_assisted_generation.py",
     "docs/import-lolcats.md": "tests/cli/test_import_lolcats.py",
     "docs/native-hybrids.md": "tests/audit/test_native_verb.py",
     "docs/performance.md": "tests/cli/test_bench.py",
@@ -60,6 +61,14 @@ NOT_RUN = {
     "serve": "does not return; tests/serve",
 }
 """Verbs that are parsed only."""
+
+DONORS = {
+    "donor": "llama",
+    "out/demo/donor": "llama",
+    "meta-llama/Llama-3.2-1B": "llama",
+    "Qwen2.5-7B-Instruct": "qwen2",
+}
+"""Donors of the pages that run, and the family of their stand-ins."""
 
 SHELL = {".", "cd", "curl", "git", "hf", "make", "pip"}
 """Programs of others, taken as they stand."""
@@ -116,10 +125,11 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = (
         "{% for m in messages %}<bos>{{ m.role }}: "
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<eos>{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     size = {"vocab_size": 320, "max_position_embeddings": 8192, "eos_token_id": 2}
-    for name, family in {"out/demo/donor": "llama", "donor": "llama", "Qwen2.5-7B-Instruct": "qwen2"}.items():
+    for name, family in DONORS.items():
         tiny_model(family, **size).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     for name in ("out/demo/hedgecats", "out/hedgecats"):
@@ -130,17 +140,17 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_texts(root: Path) -> None:
-    text = [f"def window{i}(size):\n    return size + {i}\n" * 8 for i in range(120)]
+    text = [f"def window{i}(size):\n    return size + {i}\n" * 8 for i in range(400)]
     (root / "yahma" / "alpaca-cleaned").mkdir(parents=True)
     rows: dict[str, list[dict[str, Any]]] = {
-        "corpus.jsonl": [{"text": t} for t in text],
+        "corpus.jsonl": [{"text": t} for t in text[:120]],
         "validation.jsonl": [{"text": t[1:]} for t in text[:6]],
         "yahma/alpaca-cleaned/train.jsonl": [
             {"instruction": f"Write window{i}.", "input": "", "output": t} for i, t in enumerate(text)
         ],
         "chats.jsonl": [
             {"messages": [{"role": "user", "content": f"Name {i}."}, {"role": "assistant", "content": t}]}
-            for i, t in enumerate(text)
+            for i, t in enumerate(text[:120])
         ],
     }
     for name, records in rows.items():
@@ -171,6 +181,8 @@ def shortened(words: list[str]) -> list[str]:
 def run_command(words: list[str], place: str) -> None:
     if words[0] in NOT_RUN or words == ["--help"]:
         return
+    if words[0] == "convert":  # a stand-in goes where the page makes the real one
+        shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
     done = CliRunner().invoke(app, shortened(words))
     assert done.exit_code == 0, f"{place}: equipoise {' '.join(words)}\n{done.output}"
 
