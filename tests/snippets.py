@@ -49,20 +49,23 @@ def commands(snippet: Snippet) -> list[list[str]]:
     """The words of each command of a ``bash`` or ``console`` block, without comments and output."""
     if snippet.language not in ("bash", "console"):
         return []
-    joined = snippet.text.replace("\\\n", " ").splitlines()
-    prompt = "$ " if snippet.language == "console" else ""
-    lines = (line.removeprefix(prompt) for line in joined if line.startswith(prompt))
-    return [words for line in lines for words in _simple_commands(line)]
+    text = snippet.text
+    if snippet.language == "console":
+        text = "\n".join(re.findall(r"^\$ (.*(?:\n {4}\S.*)*)", text, re.MULTILINE))
+        text = re.sub(r"\n {4}", " ", text)
+    joined = text.replace("\\\n", " ").splitlines()
+    return [words for line in joined for words in _simple_commands(line)]
 
 
 def _simple_commands(line: str) -> Iterator[list[str]]:
-    """The commands that `&&` joins."""
+    """The commands that `&&` joins, without variables set in front and without a `&` behind."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|<>")
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, "&&"]:
         if word != "&&":
-            words.append(word)
+            if word != "&" and (words or not re.match(r"[A-Z_]+=", word)):
+                words.append(word)
         elif words:
             yield words
             words = []

@@ -39,6 +39,7 @@ RUN = (
 
 ELSEWHERE = {
     "docs/extending.md": "tests/test_docs.py",
+    "docs/serve.md": "tests/serve/test_serve_page.py",
     "docs/states.md": "tests/cli/test_states_page.py",
     "docs/how-to-tell.md": "tests/cli/test_how_to_tell.py",
     "docs/attribution.md": "tests/cli/test_attribute.py",
@@ -70,7 +71,7 @@ DONORS = {
 }
 """Donors of the pages that run, and the family of their stand-ins."""
 
-SHELL = {".", "cd", "curl", "git", "hf", "make", "pip"}
+SHELL = {".", "cd", "curl", "echo", "git", "hf", "make", "pip", "python"}
 """Programs of others, taken as they stand."""
 
 
