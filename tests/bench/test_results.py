@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from equipoise.bench.bars import CPU_BARS, in_words, judge, reaches
+from equipoise.bench.end_to_end import predict
 from equipoise.bench.hardware import Hardware
 from equipoise.bench.page import seconds, slope, to_page
 from equipoise.bench.peers import OURS
@@ -163,3 +164,24 @@ def test_files(tmp_path: Any) -> None:
     outcomes, paths = write_bars([RUN], tmp_path)
     assert "1 of 4 bars met" in paths["md"].read_text(encoding="utf-8")
     assert len(outcomes) == 4
+
+
+def test_what_generate_should_take() -> None:
+    """Two layers: the donor's 10 ms less twice 1 ms of attention, and twice 3 ms of ours, make 14 ms."""
+    generate: dict[str, Any] = {"measure": "generate", "tokens": 16}
+    rows = [
+        row("sdpa", 64, 0.16, **generate), row(OURS, 64, 0.2, **generate),
+        row("sdpa", 9000, 9.0, **generate), row(OURS, 9000, 0.28, **generate),
+        row("sdpa", 64, 0.001, measure="attention"), row(OURS, 64, 0.002, measure="attention"),
+        row("sdpa", 9000, 0.9, measure="attention"), row(OURS, 9000, 0.003, measure="attention"),
+    ]  # fmt: skip
+    (found,) = predict(rows, 2)
+    assert (found.length, found.measured) == (9000, pytest.approx(0.0175))
+    assert found.predicted == pytest.approx(0.014)
+    assert (found.ratio, found.process, found.met) == (pytest.approx(1.25), pytest.approx(1.25), True)
+    run = run_of(*rows, theme="model", end_to_end=(found, replace(found, measured=0.03)))
+    assert [one["met"] for one in to_data(run)["end_to_end"]] == [True, False]
+    text = render_markdown(to_page(run))
+    assert "End to end: generate" in text
+    assert "17.5 ms" in text
+    assert predict([], 2) == []

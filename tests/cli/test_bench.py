@@ -63,8 +63,14 @@ def test_model(cli: Cli, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     data = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
     assert [(r["measure"], r["name"]) for r in data["rows"]] == [
-        (measure, name) for measure in ("prefill", "decode", "train") for name in (OURS, "sdpa")
+        (measure, name)
+        for measure in ("attention", "attention", "generate", "generate", "prefill", "decode", "train")
+        for name in (OURS, "sdpa")
     ]
+    (found,) = data["end_to_end"]
+    assert (found["length"], found["at_most"]) == (20, 1.5)
+    assert found["ratio"] == pytest.approx(found["seconds_a_token"] / found["predicted"])
+    assert f"{found['ratio']:.2f}x what the operators predict" in " ".join(result.stdout.split())
 
 
 def test_a_failing_gate_ends_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +90,7 @@ def test_a_failing_gate_ends_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mo
         (("prefill", "--heads", 3, "--kv-heads", 2), "multiple"),
         (("cpu", "--heads", 16), "leave other options"),
         (("speed",), "prefill"),
+        (("model", "--measures", "generat"), "Did you mean"),
     ],
 )
 def test_wrong_usage(options: tuple[object, ...], words: str, cli: Cli, tmp_path: Path) -> None:

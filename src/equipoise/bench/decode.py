@@ -145,7 +145,7 @@ def measure(
         with torch.inference_mode():
             x = make_inputs(setting, length)
             context, token = x.part(slice(0, length - 1)), x.part(slice(length - 1, length))
-            token = Inputs(*(t.contiguous() if isinstance(t, Tensor) else t for t in _fields(token)))
+            token = _laid_out(token)
             built = {name: DECODERS[name].build(setting, context, token) for name in names}
             contestants = [
                 Contestant(name=name, prepare=_given(call), held=held) for name, (call, held) in built.items()
@@ -158,8 +158,10 @@ def measure(
     return rows
 
 
-def _fields(x: Inputs) -> tuple[Tensor, ...]:
-    return x.q, x.k, x.v, x.phi_q, x.phi_k  # pyright: ignore[reportReturnType]
+def _laid_out(x: Inputs) -> Inputs:
+    """The same with every tensor contiguous; maps stay."""
+    phi_q, phi_k = (t.contiguous() if isinstance(t, Tensor) else t for t in (x.phi_q, x.phi_k))
+    return Inputs(x.q.contiguous(), x.k.contiguous(), x.v.contiguous(), phi_q, phi_k)
 
 
 def _given(call: Call) -> Callable[[], Call]:

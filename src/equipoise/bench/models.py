@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from equipoise.bench.end_to_end import attention_rows, generate_rows
 from equipoise.bench.gate import compare
 from equipoise.bench.peers import OURS
 from equipoise.bench.results import Row
@@ -37,6 +38,8 @@ SHAPES: dict[Shape, Sizes] = {
     "8b": Sizes(4096, 14336, 32, 32, 8, 128256),
 }
 """small is for a CPU; 1b and 8b are Llama 3.2 1B's and Llama 3 8B's."""
+MEASURES = ("prefill", "decode", "generate", "train")
+"""What can be measured; generate comes with one layer's attention, and so with a prediction."""
 _DECODED = 16
 """Tokens decoded in one timed call."""
 
@@ -101,15 +104,19 @@ def _cache(model: Any, name: str) -> Any:
 
 
 def measure(
-    setting: BenchSetting, lengths: Sequence[int], models: dict[str, Any], *, rounds: int, budget: float,
-    told: Callable[[str], None],
+    setting: BenchSetting, lengths: Sequence[int], models: dict[str, Any], measures: Sequence[str], *,
+    rounds: int, budget: float, told: Callable[[str], None],
 ) -> list[Row]:  # fmt: skip
-    """Time to the first token, decoding and a training step of each model at each length."""
+    """Time to the first token, decoding, generating and a training step of each model at each length."""
     rows: list[Row] = []
-    measures: tuple[tuple[str, Callable[[Any, str, int], tuple[Call, int | None]], int | None], ...] = (
+    if "generate" in measures:
+        options: dict[str, Any] = {"rounds": rounds, "budget": budget, "told": told}
+        rows += attention_rows(setting, lengths, models, **options)
+        rows += generate_rows(setting, lengths, models, _cache, _tokens, **options)
+    known: tuple[tuple[str, Callable[[Any, str, int], tuple[Call, int | None]], int | None], ...] = (
         ("prefill", _prefill, None), ("decode", _decode, _DECODED), ("train", _train, None),
     )  # fmt: skip
-    for measure_name, prepare, tokens in measures:
+    for measure_name, prepare, tokens in (one for one in known if one[0] in measures):
         for length in sorted(lengths):
             told(f"model {measure_name}, {length:,} tokens")
             prepared: dict[str, tuple[Call, int | None]] = {}

@@ -9,7 +9,7 @@ from equipoise.bench.bars import Outcome, in_words
 from equipoise.bench.decode import DECODERS
 from equipoise.bench.models import NAMES as MODELS
 from equipoise.bench.peers import OURS, PEERS
-from equipoise.bench.results import Row, Run
+from equipoise.bench.results import AT_MOST, Row, Run
 from equipoise.bench.transfer import NAMES as LOSSES
 from equipoise.pages import UNDEFINED, Cell, Figure, Page, Table, Terms, Text, Tone, bytes_in_words
 
@@ -59,6 +59,7 @@ def to_page(run: Run, outcomes: Sequence[Outcome] = ()) -> Page:
     where = f"{hardware.name}{f', {threads}' if setting.device == 'cpu' else ''}"
     sections = [*(figure(run, measure) for measure in run.measures if plotted(run, measure))]
     sections += [table(run, measure) for measure in run.measures]
+    sections += [end_to_end_table(run)] if run.end_to_end else []
     sections += [bar_table(outcomes)] if outcomes else []
     sections += [Terms("Who is compared", [(name, about(run, name)) for name in _names(run)])]
     return Page(
@@ -137,6 +138,27 @@ def bar_table(outcomes: Sequence[Outcome]) -> Table:
             ]
             for outcome in outcomes
         ],
+    )
+
+
+def end_to_end_table(run: Run) -> Table:
+    """Decoding through `generate` beside what the operators predict."""
+    return Table(
+        "End to end: generate",
+        ["context", "a token", "predicted", "over predicted", "in processor time", "at most", "verdict"],
+        [
+            [
+                Cell(f"{one.length:,}", one.length),
+                Cell(seconds(one.measured), one.measured),
+                Cell(seconds(one.predicted), one.predicted),
+                Cell(f"{one.ratio:.2f}x", one.ratio),
+                Cell(f"{one.process:.2f}x", one.process),
+                f"{AT_MOST:g}x",
+                Cell("met" if one.met else "missed", tone=_TONES[one.met]),
+            ]
+            for one in run.end_to_end
+        ],
+        "Predicted: the donor's time per token after a short context, its attention exchanged for ours.",
     )
 
 

@@ -54,6 +54,36 @@ class Ratio:
     process: float
 
 
+AT_MOST = 1.5
+"""Measured over predicted, end to end, that is still what the operators promise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd:
+    """One context.
+
+    Attributes:
+        length: tokens of context.
+        measured, predicted: seconds a token, by the clock.
+        process: measured over predicted in processor time, which other work on the machine disturbs less.
+    """
+
+    length: int
+    measured: float
+    predicted: float
+    process: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted."""
+        return self.measured / self.predicted
+
+    @property
+    def met(self) -> bool:
+        """Whether the hybrid is no slower than its operators promise."""
+        return self.ratio <= AT_MOST
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A finished run.
@@ -66,6 +96,7 @@ class Run:
         date: ISO date.
         load: the machine's load average at the start and at the end.
         notes: what else to know.
+        end_to_end: decoding through ``generate`` beside what the operators predict, of whole models.
     """
 
     theme: Theme
@@ -77,6 +108,7 @@ class Run:
     date: str
     load: tuple[float, float]
     notes: tuple[str, ...] = field(default=())
+    end_to_end: tuple[EndToEnd, ...] = field(default=())
 
     @property
     def name(self) -> str:
@@ -130,6 +162,18 @@ def to_data(run: Run) -> dict[str, Any]:
         "checked": list(run.checked),
         "notes": list(run.notes),
         "rows": [_row_data(run, row) for row in run.rows],
+        "end_to_end": [
+            {
+                "length": one.length,
+                "seconds_a_token": one.measured,
+                "predicted": one.predicted,
+                "ratio": one.ratio,
+                "process_ratio": one.process,
+                "at_most": AT_MOST,
+                "met": one.met,
+            }
+            for one in run.end_to_end
+        ],
     }
 
 

@@ -14,6 +14,7 @@ import torch
 
 from equipoise.bench import attention, decode, gate, models, transfer
 from equipoise.bench.bars import Outcome, judge
+from equipoise.bench.end_to_end import predict
 from equipoise.bench.hardware import describe, load
 from equipoise.bench.page import bar_table, figure, plotted, to_page
 from equipoise.bench.peers import OURS, PEERS
@@ -52,6 +53,7 @@ class Plan:
         lengths, against: at which lengths and against whom; the theme's own where empty or None.
         rounds, budget: how often, and for how many seconds a contestant and length at most.
         shape, layers: of the whole model.
+        measures: of the whole model; all where empty.
     """
 
     theme: Theme
@@ -62,13 +64,17 @@ class Plan:
     budget: float = BUDGET
     shape: models.Shape = "small"
     layers: int | None = None
+    measures: tuple[str, ...] = ()
 
     def filled(self) -> Plan:
         """The same with the theme's own lengths and peers where none were given.
 
         Raises:
-            UnknownNameError: a peer that the theme does not know.
+            UnknownNameError: a peer that the theme does not know, or a measure that models do not have.
         """
+        for name in self.measures:
+            if name not in models.MEASURES:
+                raise unknown_name("measure of models", name, models.MEASURES)
         for name in self.against or ():
             if name not in known_peers(self.theme):
                 raise unknown_name(f"peer of {self.theme}", name, known_peers(self.theme))
@@ -87,6 +93,7 @@ class Plan:
                 given.append(f"--{name.replace('_', '-')} {getattr(own, name)}")
         if self.theme == "model":
             given.append(f"--shape {self.shape}" + (f" --layers {self.layers}" if self.layers else ""))
+            given += [f"--measures {','.join(self.measures)}"] if self.measures else []
         lengths, peers = ",".join(map(str, self.lengths)), ",".join(self.against or ("none",))
         given += [f"--lengths {lengths}", f"--against {peers}", f"--rounds {self.rounds}"]
         given += [f"--budget {self.budget:g}"] if self.budget != BUDGET else []
@@ -142,10 +149,12 @@ def run(plan: Plan, told: Callable[[str], None] = lambda text: None) -> Run:
         told(f"{plan.theme} {plan.setting.dtype}: checking against the reference")
         checked, measure = _themes(plan)
         rows = measure(rounds=plan.rounds, budget=plan.budget, told=told)
+    layers = plan.layers or models.SHAPES[plan.shape].layers
     return Run(
         theme=plan.theme, setting=plan.setting, hardware=describe(plan.setting.device), rows=tuple(rows),
         checked=tuple(checked), command=plan.command, date=datetime.date.today().isoformat(),
         load=(before, load()), notes=_notes(plan),
+        end_to_end=tuple(predict(rows, layers)) if plan.theme == "model" else (),
     )  # fmt: skip
 
 
@@ -158,7 +167,8 @@ def _themes(plan: Plan) -> tuple[list[str], Callable[..., list[Row]]]:
         return transfer.check(setting, names), partial(transfer.measure, setting, lengths, names)
     if plan.theme == "model":
         built = models.build(setting, plan.shape, plan.layers)
-        return models.check(built, setting), partial(models.measure, setting, lengths, built)
+        measures = plan.measures or models.MEASURES
+        return models.check(built, setting), partial(models.measure, setting, lengths, built, measures)
     training = plan.theme == "train"
     checked = gate.check_attention(setting, names, gradients=training)
     return checked, partial(attention.measure, setting, lengths, names, training=training)

@@ -60,6 +60,10 @@ def bench_command(
         int | None,
         typer.Option("--layers", metavar="N", min=1, help="Of the whole model, instead of its own."),
     ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option("--measures", metavar="A,B,…", help="Of prefill, decode, generate, train; theme model."),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1)] = 5,
     budget: Annotated[
         float | None,
@@ -94,6 +98,7 @@ def bench_command(
         plan = Plan(
             theme=theme, setting=setting, lengths=_lengths(lengths), against=_names(against), rounds=rounds,
             budget=BUDGET if budget is None else budget, shape=shape, layers=layers,
+            measures=_names(measures) or (),
         )  # fmt: skip
         plans = (plan.filled(),)
     console = progress()
@@ -153,6 +158,7 @@ def print_run(run: Run, console: Console) -> None:
     from rich.table import Table
 
     from equipoise.bench.page import seconds
+    from equipoise.bench.results import AT_MOST
     from equipoise.pages import UNDEFINED, bytes_in_words
 
     columns = ["measure", "length", "contestant", "seconds", "over ours", "processor", "memory"]
@@ -167,6 +173,13 @@ def print_run(run: Run, console: Console) -> None:
         peak = UNDEFINED if times.peak is None else bytes_in_words(times.peak)
         table.add_row(*head, seconds(times.median), *ratios, peak)
     console.print(table)
+    for one in run.end_to_end:
+        say(
+            console,
+            f"generate, {one.length:,} tokens of context: {seconds(one.measured)} a token, "
+            f"{one.ratio:.2f}x what the operators predict ({one.process:.2f}x in processor time; "
+            f"at most {AT_MOST}x)",
+        )
     if run.busy:
         say(console, f"the machine was busy (load {run.load[0]:.1f}): the clock says little here")
 
