@@ -174,10 +174,10 @@ def prepare_decoder(
     elif not isinstance(cache, HybridCache):
         adopt(cache, decoder)
     if kwargs.get("segment_ids") is None:
-        segments, sign = (
-            _segments_of(kwargs.get("position_ids"), kwargs.get("attention_mask")),
-            "position_ids",
-        )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # one per type of layer where the cache compiles, all the padding mask
+            mask = next(iter(mask.values()), None)
+        segments, sign = _segments_of(kwargs.get("position_ids"), mask), "position_ids"
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is not None:
             segments, sign = _segments_between(bounds, args, kwargs), "cu_seq_lens_q"

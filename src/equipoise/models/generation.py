@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from equipoise.layers.cache import CacheError, HybridCache
 from equipoise.layers.interface import adopt, mixers_of
+from equipoise.layers.static_cache import StaticHybridCache
 
 PAGED = (
     "paged continuous batching keeps keys and values in pages that any number of sequences share; a hybrid's "
@@ -62,8 +63,11 @@ class HybridGeneration(PreTrainedModel):
         )
 
     def _made_for(self, kind: str | None) -> HybridCache:
-        if kind in (None, "dynamic", "static"):
+        if kind in (None, "dynamic"):
             return self.make_cache()
+        if kind == "static":
+            config: Any = self.config
+            return StaticHybridCache(config.get_text_config(decoder=True), mixers_of(self))
         if kind == "offloaded":
             return self.make_cache(offload=True)
         reason = _REASONS.get(str(kind), "its decode state is constant in size, whatever is read")
@@ -71,6 +75,23 @@ class HybridGeneration(PreTrainedModel):
             f"cache_implementation={kind!r} does not apply to a hybrid: {reason}. Leave cache_implementation "
             "unset."
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, past_key_values: Any = None, attention_mask: Any = None,
+        inputs_embeds: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """As in transformers. A static cache takes no mask in decoding: new tokens are real, and a mask that
+        grows with every token would make every step another shape.
+        """
+        decoding = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        if decoding and isinstance(past_key_values, StaticHybridCache):
+            attention_mask = None
+        inherited: Any = super()
+        # transformers looks for the name inputs_embeds in this signature
+        return inherited.prepare_inputs_for_generation(
+            input_ids, *args, past_key_values=past_key_values, attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused.

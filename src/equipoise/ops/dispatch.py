@@ -71,6 +71,8 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
     Raises:
         BackendError: the backend asked for cannot run it.
     """
+    if torch.compiler.is_compiling():
+        return _run_traced(call, output_final_state)
     name = wanted()
     if name == "triton" or (name == "auto" and call.q.device.type == "cuda"):
         return _run_triton(call, output_final_state, insist=name == "triton")
@@ -114,6 +116,14 @@ def _transfer_triton(phi_q: Tensor, phi_k: Tensor, donor: Donor, *, insist: bool
         raise _refusal(str(reason))
     _say(str(reason))
     return transfer_blocks.run(phi_q, phi_k, donor)
+
+
+def _run_traced(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
+    """What torch.compile records: plain PyTorch that looks at no value, whatever backend was asked for."""
+    if stream.unsupported(call) is None and step.supports(call):
+        out, state = step.run(call)
+        return out, state if output_final_state else None
+    return Walk(call).run(output_final_state)
 
 
 def _fall_back(call: Call, output_final_state: bool, reason: str) -> tuple[Tensor, AttentionState | None]:

@@ -63,7 +63,7 @@ def _window(
     scores = torch.bmm(queries * call.scale, keys.to(dtype).flatten(0, 1).mT)
     if call.softcap is not None:
         scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
-    if not bool(valid.all()):
+    if torch.compiler.is_compiling() or not bool(valid.all()):  # a graph cannot look
         scores.view(batch, heads, -1).masked_fill_(~valid[:, None], -torch.inf)
     probabilities = scores.softmax(-1)
     out = torch.bmm(probabilities, values.to(dtype).flatten(0, 1)).view(batch, heads, 1, -1)
