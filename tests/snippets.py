@@ -53,8 +53,19 @@ def commands(snippet: Snippet) -> list[list[str]]:
     if snippet.language == "console":
         text = "\n".join(re.findall(r"^\$ (.*(?:\n {4}\S.*)*)", text, re.MULTILINE))
         text = re.sub(r"\n {4}", " ", text)
-    joined = text.replace("\\\n", " ").splitlines()
-    return [words for line in joined for words in _simple_commands(line)]
+    lines = _expanded(text.replace("\\\n", " ").splitlines())
+    return [words for line in lines for words in _simple_commands(line)]
+
+
+def _expanded(lines: list[str]) -> Iterator[str]:
+    """The lines that are no assignments, with the variables assigned so far in their places."""
+    variables: dict[str, str] = {}
+    for line in lines:
+        assignment = re.fullmatch(r"(\w+)=\"(.*)\"", line)
+        if assignment is not None:
+            variables[assignment[1]] = assignment[2]
+        else:
+            yield re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line)
 
 
 def _simple_commands(line: str) -> Iterator[list[str]]:
