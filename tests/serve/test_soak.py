@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vocab_size": 300, "hidden_size": 512, "num_hidden_layers": 8, "head_dim": 32,
         "intermediate_size": 1536, "max_position_embeddings": 4096, "initializer_range": 0.05,
     }  # fmt: skip
-    hybrid = HybridConfig(window=32, feature_multiple=1, map_heads="key_value")
+    hybrid = HybridConfig(window=16, feature_multiple=1, map_heads="key_value")
     hybridize(tiny_model("llama", **shape), hybrid).save_pretrained(place)
     tiny_tokenizer().save_pretrained(place)
     return place
@@ -58,6 +60,11 @@ class Process:
 
     def client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.url, api_key="-", max_retries=0, timeout=120)
+
+    def generated(self) -> int:
+        """Tokens since the start, as the server counts them."""
+        with urllib.request.urlopen(self.url.replace("/v1", "/health")) as answer:
+            return int(json.loads(answer.read())["generated_tokens"])
 
     def resident(self) -> int:
         """Bytes of memory that the process has in use."""
@@ -111,7 +118,7 @@ class Tally:
 
 async def one_stream(client: openai.AsyncOpenAI, tally: Tally, tokens: int, *, leave: bool = False) -> None:
     """One request; every token that was promised has to come, unless the client goes."""
-    words = "the quick brown fox jumps " * random.Random(tokens).randint(1, 20)
+    words = "the quick brown fox jumps " * random.Random(tokens).randint(1, 5)
     stream = await client.completions.create(
         model="soak", prompt=words, max_tokens=tokens, stream=True, stream_options={"include_usage": True}
     )
@@ -132,20 +139,31 @@ async def one_stream(client: openai.AsyncOpenAI, tally: Tally, tokens: int, *, l
 
 
 async def streams(process: Process, count: int, seconds: float) -> tuple[Tally, float]:
-    """Keep so many streams busy for so long; what came of them, and tokens a second."""
+    """Keep so many streams busy for so long; what came of them, and tokens a second.
+
+    The rate is that of the time in which all are busy: not of the first second, nor of the end, when some
+    have nothing left to ask.
+    """
     client, tally = process.client(), Tally()
     started = time.monotonic()
+
+    async def measure() -> float:
+        counts = list[tuple[float, int]]()
+        for wait in (1.0, seconds - 1.5):
+            await asyncio.sleep(wait)
+            counts.append((time.monotonic(), await asyncio.to_thread(process.generated)))
+        (before, first), (after, last) = counts
+        return (last - first) / (after - before)
 
     async def worker(number: int) -> None:
         chance = random.Random(number)
         while time.monotonic() - started < seconds:
-            tokens = chance.randint(24, 72)
+            tokens = chance.randint(64, 192)
             await one_stream(client, tally, tokens, leave=count > 1 and chance.random() < 0.05)
 
-    await asyncio.gather(*(worker(number) for number in range(count)))
-    taken = time.monotonic() - started
+    rate, *_ = await asyncio.gather(measure(), *(worker(number) for number in range(count)))
     await client.close()
-    return tally, tally.tokens / taken
+    return tally, float(rate)
 
 
 def test_64_streams(process: Process, capsys: pytest.CaptureFixture[str]) -> None:

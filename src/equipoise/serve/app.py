@@ -98,7 +98,7 @@ def make_app(served: Served) -> FastAPI:
         status = served.scheduler.status()
         body = {
             "status": "ok" if status.accepting else "shutting down", "running": status.running,
-            "waiting": status.waiting, "sequences": status.capacity,
+            "waiting": status.waiting, "sequences": status.capacity, "generated_tokens": status.generated,
             "state_bytes": status.capacity * served.scheduler.capacity.sequence_bytes,
         }  # fmt: skip
         return JSONResponse(body, 200 if status.accepting else 503)

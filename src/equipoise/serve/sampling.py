@@ -86,9 +86,20 @@ def choose(
     for parameters, members in groups.items():
         scores: Any = logits[members].float()
         probabilities = _warpers(*parameters)(torch.empty(0, dtype=torch.long), scores).softmax(-1).cpu()
-        for index, row in zip(members, probabilities, strict=True):
-            chosen[index] = int(torch.multinomial(row, 1, generator=rows[index][1]))
+        drawn = torch.stack(
+            [torch.rand(1, generator=rows[index][1], dtype=torch.double) for index in members]
+        )
+        for index, token in zip(members, _inverse(probabilities.double(), drawn), strict=True):
+            chosen[index] = token
     return chosen
+
+
+def _inverse(probabilities: Float[Tensor, "B V"], drawn: Float[Tensor, "B 1"]) -> list[int]:
+    """Tokens at which the summed probabilities pass the numbers drawn: one call for all rows, where
+    `torch.multinomial` takes one a generator."""
+    sums = probabilities.cumsum(-1)
+    found = torch.searchsorted(sums, drawn * sums[:, -1:], right=True)
+    return found[:, 0].clamp_max(sums.shape[1] - 1).tolist()
 
 
 def _warpers(temperature: float, top_p: float, top_k: int) -> Any:

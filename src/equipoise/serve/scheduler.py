@@ -31,12 +31,21 @@ _logger = logging.getLogger("equipoise.serve")
 
 @dataclass(frozen=True)
 class Status:
-    """What the scheduler is doing; counts of sequences, except for the requests that wait."""
+    """What the scheduler is doing.
+
+    Attributes:
+        running: sequences that have a place.
+        waiting: requests that have none yet.
+        capacity: how many places there are.
+        accepting: whether new requests are taken.
+        generated: tokens since the start.
+    """
 
     running: int
     waiting: int
     capacity: int
     accepting: bool
+    generated: int
 
 
 class Scheduler:
@@ -59,7 +68,7 @@ class Scheduler:
         self.cache: HybridCache | None = None
         self.changed = threading.Condition()
         self.accepting, self.stop_at = True, math.inf
-        self.seconds_a_job = 1.0
+        self.seconds_a_job, self.generated = 1.0, 0
         self.thread = threading.Thread(target=self._run, name="equipoise-scheduler", daemon=True)
 
     # ---- called from other threads
@@ -101,7 +110,7 @@ class Scheduler:
         with self.changed:
             return Status(
                 running=self._running(), waiting=len(self.waiting), capacity=self.capacity.sequences,
-                accepting=self.accepting and self.thread.is_alive(),
+                accepting=self.accepting and self.thread.is_alive(), generated=self.generated,
             )  # fmt: skip
 
     def _running(self) -> int:
@@ -278,6 +287,7 @@ class Scheduler:
             self._keep(lambda row: not row.ended)
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
+        self.generated += len(rows)
         chosen = choose(logits, [(row.job.sampling, row.generator) for row in rows])
         for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             count = row.job.sampling.logprobs
