@@ -1,7 +1,8 @@
-"""A tiny hybrid, packed rows of random tokens and recipes in a line, for the training suites."""
+"""A tiny hybrid, packed rows of random tokens, recipes in a line, a tiny donor and text to convert it on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from equipoise.config import RunConfig, merge, parse
 from equipoise.data.packing import PackedDataset
 from equipoise.data.token_cache import TokenStream
 from equipoise.models.surgery import hybridize
-from support import tiny_model
+from equipoise.train.recipes import load_recipe
+from support import tiny_model, tiny_tokenizer
 
 CONTEXT = 24
 
@@ -59,3 +61,43 @@ def recipe() -> Callable[..., RunConfig]:
 @pytest.fixture
 def hybrid() -> Callable[..., Any]:
     return make_hybrid
+
+
+# ---- whole conversions
+
+TEXT = "def window(size):\n    return size\n\nthe quick brown fox jumps over the lazy dog {}\n"
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("donor")
+    tiny_model(vocab_size=300).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("data") / "text.jsonl"
+    lines = [json.dumps({"text": TEXT.format(i) * 3}) for i in range(400)]
+    place.write_text("\n".join(lines))
+    return str(place)
+
+
+@pytest.fixture
+def small(text: str) -> Any:
+    """A shipped recipe at two steps a stage."""
+
+    def load(name: str, **overrides: Any) -> RunConfig:
+        recipe = load_recipe(name)
+        values: dict[str, Any] = {
+            "data": {"source": text, "context_length": 32, "max_tokens": 3000}, "precision": "float32",
+        }  # fmt: skip
+        if recipe.hybrid is not None and recipe.hybrid.window is not None:
+            values["hybrid"] = {"window": 4}
+        for stage in ("transfer", "finetune"):
+            if getattr(recipe, stage) is not None:
+                values[stage] = {"max_steps": 2, "batch_size": 4, **overrides.pop(stage, {})}
+        return load_recipe(name, {**values, **overrides})
+
+    return load

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversions import files, logits, quiet
 from equipoise.config import ConfigError, RunConfig
 from equipoise.data.sources import DataError
 from equipoise.layers.interface import mixers_of
@@ -22,65 +21,15 @@ from equipoise.models.storage import CheckpointError
 from equipoise.train import convert as module
 from equipoise.train.convert import OutputError, RunRecord, convert, prepare_data, stopping_rows
 from equipoise.train.progress import ProgressReport
-from equipoise.train.recipes import load_recipe, recipe_names
+from equipoise.train.recipes import recipe_names
 from equipoise.train.trainer import TrainingDiverged
 from equipoise.train.watching import attribution_names, watched_history
-from support import tiny_model, tiny_tokenizer
-
-TEXT = "def window(size):\n    return size\n\nthe quick brown fox jumps over the lazy dog {}\n"
+from support import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def donor(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("donor")
-    tiny_model(vocab_size=300).save_pretrained(place)
-    tiny_tokenizer().save_pretrained(place)
-    return str(place)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("data") / "text.jsonl"
-    lines = [json.dumps({"text": TEXT.format(i) * 3}) for i in range(400)]
-    place.write_text("\n".join(lines))
-    return str(place)
-
-
-@pytest.fixture
-def small(text: str) -> Any:
-    """A shipped recipe at two steps a stage."""
-
-    def load(name: str, **overrides: Any) -> RunConfig:
-        recipe = load_recipe(name)
-        values: dict[str, Any] = {
-            "data": {"source": text, "context_length": 32, "max_tokens": 3000}, "precision": "float32",
-        }  # fmt: skip
-        if recipe.hybrid is not None and recipe.hybrid.window is not None:
-            values["hybrid"] = {"window": 4}
-        for stage in ("transfer", "finetune"):
-            if getattr(recipe, stage) is not None:
-                values[stage] = {"max_steps": 2, "batch_size": 4, **overrides.pop(stage, {})}
-        return load_recipe(name, {**values, **overrides})
-
-    return load
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
-def files(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(5, 25)[None], use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", recipe_names())

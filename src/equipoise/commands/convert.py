@@ -41,7 +41,7 @@ def convert_command(
         typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb or none: where the log goes."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run, if any.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the donor.")
     ] = False,
@@ -56,6 +56,7 @@ def convert_command(
     quieten()
     run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to)
     from equipoise.train.convert import WORK, convert
+    from equipoise.train.ending import TERMINATED, Terminated
     from equipoise.train.trainer import TrainingDiverged, latest_checkpoint
 
     try:
@@ -73,7 +74,9 @@ def convert_command(
                 watchers=recall_watchers(run, donor),
             )
     except KeyboardInterrupt:
-        raise VerbError(_interrupted(output / WORK), INTERRUPTED) from None
+        raise VerbError(f"interrupted{_kept(output / WORK)}", INTERRUPTED) from None
+    except Terminated as ended:
+        raise VerbError(f"{str(ended).rstrip('.')}{_kept(output / WORK)}", TERMINATED) from None
     except TrainingDiverged as error:
         kept = [path for stage in STAGES if (path := latest_checkpoint(output / WORK / stage)) is not None]
         last = f" The last good training checkpoint is kept: {kept[-1]}." if kept else ""
@@ -113,10 +116,10 @@ def resolve(
     return load_recipe(recipe, merge(steps, changes))
 
 
-def _interrupted(work: Path) -> str:
+def _kept(work: Path) -> str:
     if any(work.glob("*/checkpoint-*")):
-        return f"interrupted. The same command with --resume goes on from the checkpoints in {work}."
-    return "interrupted before the first training checkpoint; nothing was kept."
+        return f". The same command with --resume goes on from the checkpoints in {work}."
+    return " before the first training checkpoint; nothing was kept."
 
 
 def _say_next(run: RunConfig, output: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
 from equipoise.models.storage import write_atomically
 from equipoise.models.surgery import hybridize
+from equipoise.train.ending import LOCK, ended_by_sigterm, only_run
 from equipoise.train.progress import reported
 from equipoise.train.reporting import LOGS, check_reporter, reporting
 from equipoise.train.stages import StageResult, finetune, lora_targets, transfer
@@ -85,18 +86,26 @@ class TrainingData:
 def claimed(output: Path, *, resume: bool = False, shared: bool = False) -> Generator[None]:
     """Prepare a directory (see `prepare_output`); where the block fails, leave nothing in it but checkpoints.
 
-    A directory that was made here and stayed empty goes too.
+    A directory that was made here and stayed empty goes too. Unless it is shared, nobody else may claim it
+    meanwhile.
+
+    Raises:
+        OutputError: see `prepare_output`.
+        InUseError: another run writes there.
     """
     is_new = not output.exists()
     prepare_output(output, resume=resume, shared=shared)
     try:
-        yield
+        with nullcontext() if shared else only_run(output):
+            try:
+                yield
+            except BaseException:
+                shutil.rmtree(output / STAGING, ignore_errors=True)
+                if not shared and not any((output / WORK).glob("*/checkpoint-*")):
+                    shutil.rmtree(output / WORK, ignore_errors=True)
+                    shutil.rmtree(output / LOGS, ignore_errors=True)
+                raise
     except BaseException:
-        shutil.rmtree(output / STAGING, ignore_errors=True)
-        work = output / WORK
-        if not shared and not any(work.glob("*/checkpoint-*")):
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(output / LOGS, ignore_errors=True)
         if is_new and not any(output.iterdir()):
             output.rmdir()
         raise
@@ -118,7 +127,8 @@ def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) 
     if resume and (output / RUN).is_file():
         raise OutputError(f"{output}: this run is finished (it has a {RUN}); there is nothing to resume.")
     started = (output / WORK / START).is_file()
-    if output.is_dir() and any(output.iterdir()) and not shared and not (resume and started):
+    found = output.is_dir() and any(path.name != LOCK for path in output.iterdir())
+    if found and not shared and not (resume and started):
         hint = " A killed run goes on with --resume." if started else ""
         hint = " There is no run to resume in it." if resume else hint
         raise OutputError(f"{output}: exists and is not empty. Choose another --output, or remove it.{hint}")
@@ -186,7 +196,7 @@ def convert(
         run: the recipe.
         output: where the model goes; must be new or empty.
         seed: of everything random.
-        resume: go on with a run that was killed, from its last training checkpoint.
+        resume: go on with a run that was killed, from its last training checkpoint, if there is one.
         console: where progress goes.
         trust_remote_code: run code that comes with the donor (off unless asked).
         watchers: what to look at while training, beside the branches, where the recipe watches.
@@ -194,14 +204,15 @@ def convert(
     Raises:
         ConfigError, UnknownNameError, CheckpointError, ConversionError, DataError, TrainingDiverged: each
             says what to do.
+        Terminated: SIGTERM came; the optimiser step under way was finished and saved.
     """
     console = console or Console(stderr=True)
     output = Path(output)
     check_reporter(run.report_to)
     check_watched(run, watchers)
-    with claimed(output, resume=resume):
+    with claimed(output, resume=resume), ended_by_sigterm() as ending:
         _check_start(output / WORK, run, donor, seed)
-        return _convert(donor, run, output, seed, resume, console, trust_remote_code, watchers)
+        return _convert(donor, run, output, seed, resume, console, trust_remote_code, watchers, ending)
 
 
 def _convert(
@@ -213,6 +224,7 @@ def _convert(
     console: Console,
     trust_remote_code: bool,
     watchers: Sequence[Watcher],
+    ending: TrainerCallback,
 ) -> RunRecord:
     model, tokenizer = load_donor(donor, trust_remote_code=trust_remote_code), load_tokenizer(donor)
     trains = run.transfer is not None or run.finetune is not None
@@ -225,8 +237,9 @@ def _convert(
     results: dict[str, StageResult] = {}
     if data is not None:
         results = train(
-            model, run, data, output / WORK, seed=seed, resume=resume, console=console, watchers=watchers
-        )
+            model, run, data, output / WORK, seed=seed, resume=resume, console=console, watchers=watchers,
+            callbacks=[ending],
+        )  # fmt: skip
         held_out["result"] = mean_loss(model, data.held_out)
         console.print(
             f"held-out loss: donor {held_out['donor']:.4f}, {run.name} {held_out['result']:.4f} nats/token",
@@ -308,8 +321,12 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     watchers: Sequence[Watcher] = (),
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, StageResult]:
-    """Run a recipe's stages on a converted model, in place; ``watchers`` as in `convert`."""
+    """Run a recipe's stages on a converted model, in place; ``watchers`` as in `convert`.
+
+    ``callbacks`` are of both stages, beside those that show and report them.
+    """
     console = console or Console(stderr=True, quiet=True)
     results: dict[str, StageResult] = {}
     if run.finetune is not None:
@@ -319,17 +336,17 @@ def train(
     looked_at = data.held_out if stopping is None else stopping
     if run.transfer is not None:
         place = work / "transfer"
-        with _shown(console, run, place, resume=resume) as callbacks:
+        with _shown(console, run, place, resume=resume) as shown:
             results["transfer"] = transfer(
-                model, run, rows, place, held_out=looked_at, seed=seed, callbacks=callbacks,
+                model, run, rows, place, held_out=looked_at, seed=seed, callbacks=[*shown, *callbacks],
                 watchers=watchers, resume=resume,
             )  # fmt: skip
     if run.finetune is not None:
         place = work / "finetune"
-        with _shown(console, run, place, resume=resume) as callbacks:
+        with _shown(console, run, place, resume=resume) as shown:
             results["finetune"] = finetune(
-                model, run, rows, looked_at, place, seed=seed, callbacks=callbacks, watchers=watchers,
-                resume=resume,
+                model, run, rows, looked_at, place, seed=seed, callbacks=[*shown, *callbacks],
+                watchers=watchers, resume=resume,
             )  # fmt: skip
     return results
 
