@@ -1,7 +1,7 @@
 """Every snippet of README and docs/: commands parse, Python compiles, and the tutorials and guides run.
 
-Models and texts are tiny stand-ins under the names that the pages use, and a stage of training takes one
-step; the rest of a command runs as it stands.
+Models and texts are tiny stand-ins under the names that the pages use, a stage of training takes one step
+of one row, and a generation is short; the rest of a command runs as it stands.
 """
 
 from __future__ import annotations
@@ -170,14 +170,18 @@ def folder(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The command with one step a stage, on a small text; all else as it stands."""
+    """The command with one row in one step a stage, on a small text, for few new tokens; all else stands."""
     short = [re.sub(r"^((?:transfer|finetune)\.max_steps)=\d+$", r"\1=1", word) for word in words]
     short = ["corpus.jsonl" if word == "stdlib" else word for word in short]
     if "--max-steps" in short:
         short[short.index("--max-steps") + 1] = "1"
-    elif words[0] == "convert" and not any("max_steps=" in word for word in words):
-        stages = () if "swa-sinks" in words else ("transfer", "finetune")
-        short += [part for stage in stages for part in ("--set", f"{stage}.max_steps=1")]
+    if words[0] == "convert" and "swa-sinks" not in words:
+        given = [word for word in words if "max_steps" in word]
+        settings = ("batch_size",) if given else ("batch_size", "max_steps")
+        stages = ((stage, setting) for stage in ("transfer", "finetune") for setting in settings)
+        short += [part for stage, setting in stages for part in ("--set", f"{stage}.{setting}=1")]
+    if "--max-new-tokens" in short:
+        short[short.index("--max-new-tokens") + 1] = "8"
     return short
 
 
