@@ -20,6 +20,7 @@ from equipoise.commands.convert import convert_command
 from equipoise.commands.demo import demo_command
 from equipoise.commands.depth import attribute_command
 from equipoise.commands.evaluate import evaluate_command
+from equipoise.commands.export import export_command
 from equipoise.commands.failures import INTERRUPTED, explain
 from equipoise.commands.generate import generate_command
 from equipoise.commands.import_lolcats import import_lolcats_command
@@ -114,6 +115,7 @@ VERBS = (
     ("compare", compare_command, "Merge audits of several seeds and recipes."),
     ("sweep", sweep_command, "Convert and audit a whole grid, then compare."),
     ("bench", bench_command, "Time the operators beside what would run instead."),
+    ("export", export_command, "Write a converted model whole, or its donor back."),
     ("recipes", recipes_command, "List recipes, or show one whole."),
     ("demo", demo_command, "All of it on a small scale, without network or GPU."),
     ("recall-demo", recall_demo_command, "Recall beyond reach on a small scale, likewise."),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import warnings
 from contextvars import ContextVar
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -30,6 +32,13 @@ def progress() -> Console:
 def say(console: Console, message: str, *, style: str = "") -> None:
     """Print text as it is: no markup read into it, and only the terminal breaks its lines."""
     console.print(Text(message, style=style), soft_wrap=True)
+
+
+def say_json(value: object) -> None:
+    """A result as JSON on stdout, the whole of what stands there; figures that are no numbers are null."""
+    from equipoise.pages.writing import finite
+
+    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def say_error(message: str) -> None:

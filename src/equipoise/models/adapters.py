@@ -128,11 +128,22 @@ def unload_lora(model: nn.Module, *, merge: bool) -> None:
     for name, module in [(n, m) for n, m in model.named_modules() if id(m) in carriers]:
         layer: Any = module
         if merge:
-            layer.merge(safe_merge=True)
+            _merge(layer)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers put them in, and would save them
+        model._hf_peft_config_loaded = False  # pyright: ignore
+
+
+def _merge(layer: Any) -> None:
+    """Sum in float32 and round once, whatever the weights are held in; peft sums in their own dtype."""
+    base: nn.Module = layer.get_base_layer()
+    dtype: torch.dtype = base.weight.dtype  # pyright: ignore
+    base.to(torch.promote_types(dtype, torch.float32))
+    layer.merge(safe_merge=True)
+    base.to(dtype)
 
 
 def base_state_dict(model: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

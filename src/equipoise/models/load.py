@@ -47,23 +47,29 @@ def load_donor(
         log.info(
             "the donor's %s of %g is switched off: converted layers have none", field, getattr(config, field)
         )
-    return _load(name_or_path, device, trust_remote_code, **dropouts)
+    return _load(name_or_path, device, trust_remote_code, None, **dropouts)
 
 
-def load_model(name_or_path: str, *, device: str | None = None) -> PreTrainedModel:
-    """Load any model transformers knows, converted ones included; errors as in `load_donor`."""
+def load_model(
+    name_or_path: str, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load any model transformers knows, converted ones included; errors as in `load_donor`.
+
+    ``dtype`` overrides what `load_donor` says of it.
+    """
     load_config(name_or_path)
-    return _load(name_or_path, device, False)
+    return _load(name_or_path, device, False, dtype)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises:
         CheckpointError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        # said, not left open: transformers would ask on a terminal whether to run the code
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{name_or_path}: no tokenizer found beside the model ({_first_line(error)}). Copy "
@@ -71,19 +77,20 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
+def load_config(name_or_path: str, *, trust_remote_code: bool = False, weights: bool = True) -> Any:
     """Read a model's configuration, and look whether its weights can be there; only small ones are read.
 
-    A directory of adapters alone (as recipe lora-only makes) has its base model's.
+    A directory of adapters alone (as recipe lora-only makes) has its base model's. Without ``weights``,
+    config.json is enough, and nothing else is looked for.
 
     Raises:
         CheckpointError: not a model, no weights, weights damaged or only as pickles.
     """
     path, base = Path(name_or_path), adapters_base(name_or_path)
     if base is not None:
-        return load_config(base, trust_remote_code=trust_remote_code)
+        return load_config(base, trust_remote_code=trust_remote_code, weights=weights)
     if path.is_dir():
-        _check_directory(path)
+        _check_directory(path, weights=weights)
     elif path.exists():
         raise CheckpointError(f"{path}: expected a model's directory or its name on the Hub, got a file.")
     try:
@@ -120,37 +127,44 @@ def _base_of(path: Path) -> str:
     return base
 
 
-def _check_directory(path: Path) -> None:
+def _check_directory(path: Path, *, weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: expected a model directory with a config.json, found none.")
     try:
         described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}/config.json: not JSON ({error}).") from None
+    if not weights:
+        return
     delta = (
         (described.get("equipoise") or {}).get("checkpoint") == "delta"
         if isinstance(described, dict)
         else False
     )
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights and not delta and not (path / ADAPTERS).is_file():
+    files = sorted(path.glob("*.safetensors"))
+    if not files and not delta and not (path / ADAPTERS).is_file():
         pickles = [p.name for p in path.glob("*.bin")]
         hint = f" Only {pickles[0]} is there: save the model again as safetensors." if pickles else ""
         raise CheckpointError(f"{path}: expected weights (*.safetensors), found none.{hint}")
-    for file in weights:
+    for file in files:
         if file.stat().st_size < 1 << 20:  # small ones are read whole; large ones fail on loading, by name
             load_tensors(file)
 
 
 def _load(
-    name_or_path: str, device: str | None, trust_remote_code: bool, **settings: float
+    name_or_path: str,
+    device: str | None,
+    trust_remote_code: bool,
+    dtype: torch.dtype | None,
+    **settings: float,
 ) -> PreTrainedModel:
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "auto" if where.startswith("cuda") else torch.float32
+    usual = "auto" if where.startswith("cuda") else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **settings
-        )
+            name_or_path, dtype=dtype or usual, use_safetensors=True, trust_remote_code=trust_remote_code,
+            **settings,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{name_or_path}: cannot load the model: {_first_line(error)}") from None
     except Exception as error:  # safetensors raises its own type, without a public base

@@ -226,7 +226,8 @@ def _convert(
     watchers: Sequence[Watcher],
     ending: TrainerCallback,
 ) -> RunRecord:
-    model, tokenizer = load_donor(donor, trust_remote_code=trust_remote_code), load_tokenizer(donor)
+    model = load_donor(donor, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(donor, trust_remote_code=trust_remote_code)
     trains = run.transfer is not None or run.finetune is not None
     if run.hybrid is not None:
         hybridize(model, run.hybrid, seed=seed)
@@ -383,16 +384,23 @@ def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord, output: Path, *, donor: str
 ) -> None:
     """Write model, tokenizer and `run.json`; files move into place complete, config.json after weights."""
+    with staged(output) as staging:
+        tokenizer.save_pretrained(staging)
+        if record.settings["hybrid"] is None:
+            adapters.save_adapter_checkpoint(model, staging, donor)
+        else:
+            model.save_pretrained(staging, delta=record.settings["checkpoint"] == "delta")  # pyright: ignore[reportCallIssue]
+        text = json.dumps(asdict(record), indent=2)
+        write_atomically(staging / RUN, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def staged(output: Path) -> Generator[Path]:
+    """A folder inside ``output`` to fill; at the end its files move out, config.json and `run.json` last."""
     staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    tokenizer.save_pretrained(staging)
-    if record.settings["hybrid"] is None:
-        adapters.save_adapter_checkpoint(model, staging, donor)
-    else:
-        model.save_pretrained(staging, delta=record.settings["checkpoint"] == "delta")  # pyright: ignore[reportCallIssue]
-    text = json.dumps(asdict(record), indent=2)
-    write_atomically(staging / RUN, lambda path: path.write_text(text, encoding="utf-8"))
+    yield staging
     for path in sorted(staging.iterdir(), key=lambda p: (p.name == RUN, p.name == "config.json", p.name)):
         target = output / path.name
         if target.is_dir():
