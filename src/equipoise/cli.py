@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from equipoise import __version__
 from equipoise.commands.audit import audit_command
 from equipoise.commands.bench import bench_command
+from equipoise.commands.card import card_command
 from equipoise.commands.compare import compare_command
 from equipoise.commands.convert import convert_command
 from equipoise.commands.demo import demo_command
@@ -26,6 +27,7 @@ from equipoise.commands.generate import generate_command
 from equipoise.commands.import_lolcats import import_lolcats_command
 from equipoise.commands.lm_eval import PASSED_ON, lm_eval_command
 from equipoise.commands.output import say_error, set_debugging
+from equipoise.commands.plan import plan_command
 from equipoise.commands.recall import recall_command, recall_demo_command
 from equipoise.commands.recipes import recipes_command
 from equipoise.commands.serve import serve_command
@@ -104,6 +106,7 @@ def common(
 
 
 VERBS = (
+    ("plan", plan_command, "Say what a conversion will take, before it is run."),
     ("convert", convert_command, "Make a hybrid of a softmax model."),
     ("audit", audit_command, "Show which branch of hybrids does the work."),
     ("attribute", attribute_command, "Show in which layers and heads the branches work."),
@@ -116,6 +119,7 @@ VERBS = (
     ("sweep", sweep_command, "Convert and audit a whole grid, then compare."),
     ("bench", bench_command, "Time the operators beside what would run instead."),
     ("export", export_command, "Write a converted model whole, or its donor back."),
+    ("card", card_command, "Write the model card of a converted model."),
     ("recipes", recipes_command, "List recipes, or show one whole."),
     ("demo", demo_command, "All of it on a small scale, without network or GPU."),
     ("recall-demo", recall_demo_command, "Recall beyond reach on a small scale, likewise."),

@@ -23,6 +23,9 @@ from equipoise.train.recipes import load_recipe, recipe_names
 from .conftest import Cli
 
 SMALL = (
+    "card",
+    "export",
+    "plan",
     "audit",
     "compare",
     "convert",

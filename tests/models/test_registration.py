@@ -12,6 +12,7 @@ import pytest
 import equipoise
 from equipoise.models.auto import classes_of, donor_classes_of
 from equipoise.models.families import SUPPORTED, ConversionError
+from support import tiny_model
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -59,6 +60,34 @@ def test_without_equipoise_the_error_names_it(tmp_path: Path) -> None:
     done = python(f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})")
     assert done.returncode != 0
     assert "equipoise_llama" in done.stderr.splitlines()[-1] or "`equipoise_llama`" in done.stderr
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_saved_directory_names_the_package_and_loads_with_it(tmp_path: Path, delta: bool) -> None:
+    """transformers alone says what is missing; the same process loads the directory after the import."""
+    tiny_model().save_pretrained(tmp_path / "donor")
+    model = equipoise.hybridize(tiny_model(), equipoise.HybridConfig(window=5))
+    equipoise.record_donor(model, str(tmp_path / "donor"))
+    model.save_pretrained(tmp_path / "saved", delta=delta)
+    described = tmp_path / "saved" / "config.json"
+    with_code = json.loads(described.read_text())
+    with_code["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    for folder in ("saved", "donor"):
+        (tmp_path / folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    done = python(f"""from transformers import AutoConfig, AutoModelForCausalLM
+place = {str(tmp_path / "saved")!r}
+try:
+    AutoModelForCausalLM.from_pretrained(place)
+except ValueError as error:
+    print("`equipoise_llama`" in str(error))
+import equipoise
+print(type(AutoModelForCausalLM.from_pretrained(place)).__name__)
+# code that lies beside a model, and its configuration asks for, is not run
+open({str(described)!r}, "w").write({json.dumps(with_code)!r})
+print(type(AutoModelForCausalLM.from_pretrained(place)).__name__)
+""")
+    assert done.stdout.split() == ["True", *["EquipoiseLlamaForCausalLM"] * 2], done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_of_a_model_is_imported_before_it_is_asked_for() -> None:

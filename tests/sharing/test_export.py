@@ -110,7 +110,9 @@ def test_merged_hybrid_computes_the_same(tmp_path: Path, delta: bool) -> None:
     refused = export(tmp_path / "out", "--softmax", "--output", tmp_path / "back")
     assert (refused.exit_code, "merged into the weights" in refused.stderr) == (2, True)
     assert not (tmp_path / "back").exists()
-    assert export(tmp_path / "out", "--softmax", "--lora", "merge", "--output", tmp_path / "back").exit_code == 0
+    assert (
+        export(tmp_path / "out", "--softmax", "--lora", "merge", "--output", tmp_path / "back").exit_code == 0
+    )
     assert load(tmp_path / "back").config.model_type == "llama"
 
 
@@ -122,7 +124,9 @@ def test_merging_in_bfloat16_rounds_once(tmp_path: Path) -> None:
     adapters = load_file(hybrid / "lora" / "adapter_model.safetensors")
     a, b = (next(t for n, t in adapters.items() if f"layers.0.self_attn.q_proj.lora_{k}" in n) for k in "AB")
     base = load_file(donor / "model.safetensors")[name].float()
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], (base + 2 * (b @ a)).bfloat16())
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")[name], (base + 2 * (b @ a)).bfloat16()
+    )
 
 
 def test_keeping_and_dropping_in_a_hybrid(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
-from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.output import progress, quieten, results, say, say_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +71,9 @@ def bench_command(
         typer.Option("--budget", metavar="SECONDS", min=0, help="Of a contestant and length; default 100."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the CPU bars.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of what was measured as JSON.")
+    ] = False,
 ) -> None:
     """Measure the operators beside what would run instead: THEME_HARDWARE_DATE.json, .md, .html, .svg.
 
@@ -102,19 +106,25 @@ def bench_command(
         )  # fmt: skip
         plans = (plan.filled(),)
     console = progress()
-    done = run_all(plans, output, console)
+    shown = console if as_json else results()
+    done, written = run_all(plans, output, console, shown)
+    if as_json:
+        say_json([json.loads(path.read_text(encoding="utf-8")) for path in written])
     if check or theme == "cpu":
         outcomes, paths = write_bars(done, output) if theme == "cpu" else _judged(done)
-        print_bars(outcomes, results())
+        print_bars(outcomes, shown)
         if paths:
-            say(results(), f"report: {paths['html']}\ndata:   {paths['json']}")
+            say(shown, f"report: {paths['html']}\ndata:   {paths['json']}")
 
 
-def run_all(plans: Sequence[Plan], output: Path, console: Console) -> list[Run]:
-    """Run and write one after the other; what is finished stays."""
+def run_all(
+    plans: Sequence[Plan], output: Path, console: Console, shown: Console
+) -> tuple[list[Run], list[Path]]:
+    """Run and write one after the other; what is finished stays. Gives the JSON files too."""
     from equipoise.bench.running import run, write
 
     done: list[Run] = []
+    written: list[Path] = []
     kept = "What was measured before is kept."
     for plan in plans:
         try:
@@ -124,9 +134,10 @@ def run_all(plans: Sequence[Plan], output: Path, console: Console) -> list[Run]:
         except KeyboardInterrupt:
             raise VerbError(f"interrupted. {kept}", INTERRUPTED) from None
         done.append(finished)
-        print_run(finished, results())
-        say(results(), f"report: {paths['html']}\ndata:   {paths['json']}")
-    return done
+        written.append(paths["json"])
+        print_run(finished, shown)
+        say(shown, f"report: {paths['html']}\ndata:   {paths['json']}")
+    return done, written
 
 
 def _judged(done: Sequence[Run]) -> tuple[list[Outcome], dict[str, Path]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equipoise.commands.failures import FAILED, INTERRUPTED, VerbError, told_when_full
-from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
 from equipoise.config import merge, parse_assignments
 
@@ -42,9 +43,13 @@ def convert_command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run, if any.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and do nothing.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the donor.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
 ) -> None:
     """Convert a softmax model into a hybrid by a recipe.
 
@@ -55,6 +60,9 @@ def convert_command(
     """
     quieten()
     run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to)
+    if dry_run:
+        _show_plan(donor, run, output, resume=resume, trust_remote_code=trust_remote_code, as_json=as_json)
+        return
     from equipoise.train.convert import WORK, convert
     from equipoise.train.ending import TERMINATED, Terminated
     from equipoise.train.trainer import TrainingDiverged, latest_checkpoint
@@ -63,7 +71,7 @@ def convert_command(
         with told_when_full(
             output, "No half-written model was left there. Free some space and go on with --resume."
         ):
-            convert(
+            record = convert(
                 donor,
                 run,
                 output,
@@ -81,7 +89,27 @@ def convert_command(
         kept = [path for stage in STAGES if (path := latest_checkpoint(output / WORK / stage)) is not None]
         last = f" The last good training checkpoint is kept: {kept[-1]}." if kept else ""
         raise VerbError(f"{error}{last}", FAILED) from error
-    _say_next(run, output)
+    if as_json:
+        say_json({"output": str(output), **asdict(record)})
+    else:
+        _say_next(run, output)
+
+
+def _show_plan(
+    donor: str, run: RunConfig, output: Path, *, resume: bool, trust_remote_code: bool, as_json: bool
+) -> None:
+    """What a conversion would do; everything that can be refused without reading weights is."""
+    from equipoise.commands.plan import show
+    from equipoise.planning.plan import plan_conversion
+    from equipoise.train.convert import check_output
+
+    check_output(output, resume=resume)
+    plan = plan_conversion(donor, run, probe=False, trust_remote_code=trust_remote_code)
+    if as_json:
+        say_json({"output": str(output), **asdict(plan)})
+        return
+    show(plan)
+    say(results(), f"would write to {output}; nothing was done. `equipoise plan` measures time and memory.")
 
 
 def resolve(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
-from equipoise.commands.output import quieten, results
+from equipoise.commands.output import progress, quieten, results
 
 
 def demo_command(
@@ -18,6 +18,9 @@ def demo_command(
     seeds: Annotated[
         str, typer.Option("--seeds", metavar="N[,N…]", help="One conversion per recipe and seed.")
     ] = "0",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the audit as JSON, all else on stderr.")
+    ] = False,
 ) -> None:
     """Train a small donor on Python's own sources, convert it by five recipes, and audit them.
 
@@ -32,11 +35,13 @@ def demo_command(
 
     try:
         with told_when_full(output, "Free some space and run the demo again."):
-            run_demo(output, seeds=chosen, console=results())
+            run_demo(output, seeds=chosen, console=progress() if as_json else results())
     except KeyboardInterrupt:
         raise VerbError(
             "interrupted. A donor that was trained is kept for the next demo.", INTERRUPTED
         ) from None
+    if as_json:
+        typer.echo((output / "audit.json").read_text(encoding="utf-8"), nl=False)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

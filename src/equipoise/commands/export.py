@@ -14,7 +14,9 @@ from equipoise.commands.output import quieten, results, say, say_json
 
 
 def export_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a converted model, or Hub name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory of a converted model, or Hub name.")
+    ],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New directory for the result.")],
     softmax: Annotated[
         bool, typer.Option("--softmax", help="The donor's architecture, which transformers runs alone.")
@@ -57,5 +59,8 @@ def export_command(
     place, console = shlex.quote(str(output)), results()
     kind = "softmax model" if done.softmax else "hybrid"
     adapters = "" if done.lora == "none" else f", LoRA {done.lora}"
-    say(console, f"{kind} ({done.model_type}, {done.parameters:,} parameters, {done.dtype}{adapters}) in {place}")
+    say(
+        console,
+        f"{kind} ({done.model_type}, {done.parameters:,} parameters, {done.dtype}{adapters}) in {place}",
+    )
     say(console, f"next: equipoise generate {place} 'Once upon a time'")

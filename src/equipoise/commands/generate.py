@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError
-from equipoise.commands.output import progress, quieten, say
+from equipoise.commands.output import progress, quieten, say, say_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ def generate_command(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and figures as JSON.")] = False,
 ) -> None:
     """Stream a model's continuation of a prompt to stdout, in any branch state.
 
@@ -72,10 +73,21 @@ def generate_command(
     tokens, sampling = encode(tokenizer, text, loaded), sampling_of(temperature, top_p)
     try:
         with branches(loaded, branch or "both", reading=reading) if converted else nullcontext():
-            done = stream(loaded, tokenizer, tokens, limit=max_new_tokens, seed=seed, sampling=sampling)
+            done = stream(
+                loaded, tokenizer, tokens, limit=max_new_tokens, seed=seed, sampling=sampling,
+                shown=not as_json,
+            )  # fmt: skip
     except KeyboardInterrupt:
         raise VerbError("interrupted.", INTERRUPTED) from None
-    if not quiet:
+    if as_json:
+        new: Any = done.sequences[0, tokens.shape[1] :]
+        say_json({
+            "prompt": text, "text": tokenizer.decode(new, skip_special_tokens=True),
+            "branch": (branch or "both") if converted else None,
+            "prompt_tokens": int(tokens.shape[1]), "new_tokens": len(new),
+            "state_bytes": cache_bytes(done.past_key_values),
+        })  # fmt: skip
+    elif not quiet:
         read = int(done.sequences.shape[1])
         say(progress(), f"decode state: {cache_bytes(done.past_key_values):,} bytes after {read:,} tokens")
 
@@ -143,6 +155,7 @@ def stream(
     seed: int,
     sampling: dict[str, Any],
     state: PromptState | None = None,
+    shown: bool = True,
 ) -> Any:
     """Generate to stdout, after a saved state if any; gives back what transformers does, cache included."""
     import torch
@@ -150,7 +163,8 @@ def stream(
 
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    writer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
+    writer = streamer if shown else None
     generator: Any = model
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return generator.generate(

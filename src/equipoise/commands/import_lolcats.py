@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, VerbError, told_when_full
-from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.output import progress, quieten, results, say, say_json
 
 if TYPE_CHECKING:
     from equipoise.models.lolcats import LolcatsImport
@@ -47,6 +47,7 @@ def import_lolcats_command(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave layers that are not in the files as they are.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record of the import as JSON.")] = False,
 ) -> None:
     """Make a hybrid of a donor and the files of a LoLCATs checkpoint.
 
@@ -69,10 +70,14 @@ def import_lolcats_command(
         with told_when_full(output, "No half-written model was left there."), claimed(output):
             tokenizer = load_tokenizer(donor)
             model, imported = import_lolcats(files, donor, options)
-            save(model, tokenizer, record_of(imported, donor), output, donor=donor)
+            record = record_of(imported, donor)
+            save(model, tokenizer, record, output, donor=donor)
     except KeyboardInterrupt:
         raise VerbError("interrupted; nothing was kept.", INTERRUPTED) from None
-    _summarise(imported, output)
+    if as_json:
+        say_json({"output": str(output), **asdict(record)})
+    else:
+        _summarise(imported, output)
 
 
 def record_of(imported: LolcatsImport, donor: str) -> RunRecord:

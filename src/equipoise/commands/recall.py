@@ -84,6 +84,7 @@ def recall_command(
     resamples: Annotated[
         int, typer.Option("--resamples", metavar="N", min=1, help="Bootstrap resamples behind an interval.")
     ] = 2000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON to stdout.")] = False,
 ) -> None:
     """Ask converted models for what stands far away: recall.json, recall.md and recall.html.
 
@@ -110,10 +111,13 @@ def recall_command(
             paths = write_recall(groups, described, output)
     except KeyboardInterrupt:
         raise VerbError("interrupted; no report was written.", INTERRUPTED) from None
-    console = results()
-    print_groups(groups, console, resamples)
-    for group in groups:
-        say(console, summary(group, resamples))
+    console = progress() if as_json else results()
+    if as_json:
+        typer.echo(paths["json"].read_text(encoding="utf-8"), nl=False)
+    else:
+        print_groups(groups, console, resamples)
+        for group in groups:
+            say(console, summary(group, resamples))
     say(console, f"report: {paths['html']}\ndata:   {paths['json']}")
 
 

@@ -11,7 +11,7 @@ import typer
 
 from equipoise.commands.demo import parse_seeds
 from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
-from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def sweep_command(
     ] = None,
     redo: Annotated[bool, typer.Option("--redo", help="Replace cells made with other settings.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and run nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the comparison, or what is listed.")
+    ] = False,
 ) -> None:
     """Convert and audit every variant with every seed, then compare them. Alone: list the sweeps that ship.
 
@@ -61,7 +64,7 @@ def sweep_command(
     equipoise sweep objectives --donor ./donor --data corpus.jsonl --output out/objectives
     """
     if name is None:
-        _list()
+        _list(as_json=as_json)
         return
     if output is None and not dry_run:
         raise UsageError("expected --output DIR for the sweep's results, got none.")
@@ -73,14 +76,19 @@ def sweep_command(
         scale = DEMO
     chosen = None if seeds is None else parse_seeds(seeds)
     cells = plan(config, scale=scale, data=data, assignments=settings or [], seeds=chosen)
+    if dry_run and as_json:
+        say_json([{"row": c.row, "seed": c.seed, "settings": c.run.model_dump(mode="json")} for c in cells])
+        return
     if dry_run:
         _show(config, cells)
         return
     assert output is not None
-    _run(config, cells, donor, output, redo=redo)
+    _run(config, cells, donor, output, redo=redo, as_json=as_json)
 
 
-def _run(config: SweepConfig, cells: Sequence[Cell], donor: str, output: Path, *, redo: bool) -> None:
+def _run(
+    config: SweepConfig, cells: Sequence[Cell], donor: str, output: Path, *, redo: bool, as_json: bool
+) -> None:
     from equipoise.audit.compare_page import console_table, summary
     from equipoise.sweep import SweepDonor, run_sweep
 
@@ -97,9 +105,12 @@ def _run(config: SweepConfig, cells: Sequence[Cell], donor: str, output: Path, *
         raise VerbError(
             "interrupted. The same command goes on where this one stopped.", INTERRUPTED
         ) from None
-    results().print(console_table(result.comparison))
-    say(results(), summary(result.comparison))
-    say(results(), f"report: {result.paths['html']}\ndata:   {result.paths['json']}")
+    if as_json:
+        typer.echo(result.paths["json"].read_text(encoding="utf-8"), nl=False)
+    else:
+        results().print(console_table(result.comparison))
+        say(results(), summary(result.comparison))
+    say(console if as_json else results(), f"report: {result.paths['html']}\ndata:   {result.paths['json']}")
     if result.failures:
         listed = "\n".join(f"  {folder}: {why}" for folder, why in result.failures.items())
         raise VerbError(
@@ -140,9 +151,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _list() -> None:
+def _list(*, as_json: bool) -> None:
     from equipoise.sweep_plan import load_sweep, plan, sweep_names
 
+    if as_json:
+        shipped = [load_sweep(name) for name in sweep_names()]
+        say_json([{"name": c.name, "cells": len(plan(c)), "summary": c.summary} for c in shipped])
+        return
     for shipped in sweep_names():
         config = load_sweep(shipped)
         say(results(), f"{shipped} ({len(plan(config))} cells): {config.summary}")

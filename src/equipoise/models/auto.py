@@ -28,6 +28,7 @@ from equipoise.layers.interface import ATTENTION, mixers_of
 from equipoise.models import adapters, storage
 from equipoise.models.families import ConversionError
 from equipoise.models.generation import HybridGeneration
+from equipoise.models.hub import push
 from equipoise.models.surgery import attach, config_as, hybridize
 
 
@@ -100,6 +101,10 @@ class HybridModel(HybridGeneration):
                 "donor with record_donor(model, name_or_path) and do not merge adapters, or save with "
                 "delta=False."
             )
+        if delta and kwargs.get("push_to_hub"):
+            raise ConversionError(
+                "push_to_hub=True uploads full checkpoints: use push_to_hub(…, delta=True)."
+            )
         self.config.equipoise = described
         if lora:
             adapters.save_lora(self, directory / adapters.FOLDER)
@@ -114,6 +119,31 @@ class HybridModel(HybridGeneration):
             self.generation_config.save_pretrained(directory)
         weights = {name: tensor.contiguous() for name, tensor in base.items() if ".hybrid." in name}
         storage.write_atomically(directory / storage.MIXERS, lambda p: save_file(weights, p))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        delta: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **saving: Any,
+    ) -> str:
+        """Upload the model, full or as a ``delta``, and a card where the repository has none.
+
+        The rest as in transformers; ``saving`` goes to `save_pretrained`. Returns the commit's address.
+
+        Raises:
+            ConversionError: a delta of a donor that is not on the Hub; nothing is uploaded then.
+        """
+        return push(
+            self, repo_id, delta=delta, commit_message=commit_message, private=private, token=token,
+            commit_description=commit_description, revision=revision, create_pr=create_pr, **saving,
+        )  # fmt: skip
 
     def initialize_weights(self) -> None:
         """Mixers know how to initialise themselves; the donor's rule would fill them with its own noise."""

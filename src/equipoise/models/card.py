@@ -78,9 +78,9 @@ def loading(described: dict[str, Any], place: str) -> str:
     note = ""
     if described.get("checkpoint") == "delta":
         kind = "from the Hub" if on_hub else "from a local directory, which has to lie beside this one"
-        note = f"This is a delta: it holds what the conversion added, and takes the weights of `{donor}` {kind}.\n\n"
-    return f"""{note}Needs the Python package `equipoise` (made with version {__version__}). Without it transformers \
-does not know the model type. No code is downloaded or run from this repository.
+        note = f"This is a delta: what the conversion added. The weights of `{donor}` come {kind}.\n\n"
+    return f"""{note}Needs the Python package `equipoise` (made with version {__version__}); without it, \
+transformers does not know the model type. No code is downloaded or run from this repository.
 
 ```python
 import equipoise  # makes transformers know the model

@@ -112,7 +112,25 @@ def claimed(output: Path, *, resume: bool = False, shared: bool = False) -> Gene
 
 
 def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) -> None:
-    """Make the directory, or refuse it.
+    """Make the directory, or refuse it; see `check_output`.
+
+    Raises:
+        OutputError: not a directory, holds files already, or cannot be written.
+    """
+    check_output(output, resume=resume, shared=shared)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror}). Choose another --output."
+        ) from None
+
+
+def check_output(output: Path, *, resume: bool = False, shared: bool = False) -> None:
+    """Refuse a directory by what is there.
 
     Args:
         output: must be new or empty.
@@ -120,7 +138,7 @@ def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) 
         shared: it may hold other things.
 
     Raises:
-        OutputError: not a directory, holds files already, or cannot be written.
+        OutputError: not a directory, or holds files already.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: expected a directory to write to, got a file. Choose another --output.")
@@ -132,15 +150,6 @@ def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) 
         hint = " A killed run goes on with --resume." if started else ""
         hint = " There is no run to resume in it." if resume else hint
         raise OutputError(f"{output}: exists and is not empty. Choose another --output, or remove it.{hint}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error.strerror}). Choose another --output."
-        ) from None
 
 
 def prepare_data(
