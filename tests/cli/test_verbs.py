@@ -23,15 +23,15 @@ from equipoise.train.recipes import load_recipe, recipe_names
 from .conftest import Cli
 
 SMALL = (
-    "card",
-    "export",
-    "plan",
     "audit",
+    "card",
     "compare",
     "convert",
     "demo",
+    "export",
     "generate",
     "import-lolcats",
+    "plan",
     "recall-demo",
     "recipes",
     "sweep",

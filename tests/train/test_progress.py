@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,33 @@ def test_bar_on_a_terminal_goes_when_the_stage_fails() -> None:
         fail(callbacks[0])  # type: ignore[arg-type]
     assert callbacks[0].bar is None  # type: ignore[attr-defined]
     assert "20/200" in text.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_a_narrow_terminal_keeps_the_figures_that_matter(width: int) -> None:
+    """One line, never wider than the terminal; what gives way is the bar first, then the words."""
+    text = io.StringIO()
+    report = ProgressReport(Console(file=text, force_terminal=True, width=width), "hedgecats finetune")
+    report.on_train_begin(ARGS, state(0, 2000), None)
+    report.on_log(ARGS, state(10, 2000), None, logs={"loss": 1.25, "linear_output_share": 0.25})
+    report.on_log(ARGS, state(10, 2000), None, logs={"eval_linear_share": 0.2, "eval_linear_recovered": 0.5})
+    report.on_step_end(ARGS, state(11, 2000), None)
+    assert report.bar is not None
+    report.bar.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", text.getvalue()).replace("\n", "\r").split("\r")
+    report.close()
+    lines = [line.strip() for line in shown if "11/2000" in line]
+    assert lines
+    assert max(map(len, lines)) <= width
+    assert "hedgecats finetune" in lines[-1]
+    assert "-:--:--" in lines[-1]
+    assert ("loss 1.25" in lines[-1]) == (width > 40)
+    assert ("━" in lines[-1]) == (width == 100)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(20, "loss 1.25, grad 2"), (12, "loss 1.25…"), (7, "")])
+def test_words_are_cut_to_the_room_there_is(room: int, expected: str) -> None:
+    assert progress.fitted("loss 1.25, grad 2", room) == expected
 
 
 def test_other_logs_are_not_shown() -> None:

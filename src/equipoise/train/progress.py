@@ -11,6 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+WIDE = 80
+"""Columns from which a bar is drawn; narrower terminals have room for figures only."""
+BAR = 12
+"""Columns it gets at least."""
 LINES = 10
 """About how many lines a stage prints where there is no terminal to draw on."""
 
@@ -34,17 +38,20 @@ class ProgressReport(TrainerCallback):
         self.started, self.first = time.monotonic(), state.global_step
         if not self.console.is_terminal:
             return
+        drawn = [BarColumn(bar_width=None)] if self.console.width >= WIDE else []
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console, transient=True,
+            TextColumn("{task.description}", markup=False), *drawn, MofNCompleteColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[status]}", markup=False), console=self.console,
+            transient=True,
         )  # fmt: skip
-        done = state.global_step
-        self.task = self.bar.add_task(self.label, total=state.max_steps, completed=done, status="")
+        done, label = state.global_step, fitted(self.label, self._room(state.max_steps, ""))
+        self.task = self.bar.add_task(label, total=state.max_steps, completed=done, status="")
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=state.global_step, status=self._words(short=True))
+            status = fitted(self._words(short=True), self._room(state.max_steps, self.label))
+            self.bar.update(self.task, completed=state.global_step, status=status)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
@@ -63,6 +70,11 @@ class ProgressReport(TrainerCallback):
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _room(self, steps: int, label: str) -> int:
+        """Columns beside count, time and label; rich would cut all of them where one is too long."""
+        bar = BAR + 1 if self.console.width >= WIDE else 0
+        return self.console.width - bar - len(f"{steps}/{steps} ") - len("0:00:00 ") - len(label) - 1
 
     def _words(self, *, short: bool = False) -> str:
         """The last log and the last look; a bar has room for the loss and the look alone."""
@@ -98,6 +110,13 @@ def reported(console: Console, label: str) -> Generator[list[TrainerCallback]]:
         yield [report]
     finally:
         report.close()
+
+
+def fitted(text: str, room: int) -> str:
+    """The text in so many columns; nothing where not even a word of it fits."""
+    if len(text) <= room:
+        return text
+    return text[: room - 1].rstrip(" ,") + "…" if room >= 8 else ""
 
 
 def describe(logs: dict[str, float]) -> str:
