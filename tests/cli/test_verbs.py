@@ -141,6 +141,13 @@ def test_convert_makes_a_model_of_every_recipe(convert: Cli, tmp_path: Path, rec
     AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_convert_json_is_the_record(convert: Cli, tmp_path: Path) -> None:
+    done = convert("zero-shot", "--json")
+    assert done.exit_code == 0, done.stderr
+    note = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "out"), **note}
+
+
 def test_convert_is_reproducible(convert: Cli, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert convert("zero-shot", "--seed", 3, output=tmp_path / name).exit_code == 0
@@ -288,6 +295,15 @@ def test_generate_writes_only_the_text_to_stdout(cli: Cli, hybrids: dict[str, Pa
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
 
 
+def test_generate_json_is_all_there_is_on_stdout(cli: Cli, hybrids: dict[str, Path], donor: Path) -> None:
+    common = ("def window", "--max-new-tokens", 5)
+    told = json.loads(cli("generate", hybrids["ssd"], *common, "--json").stdout)
+    assert told["text"].strip() == cli("generate", hybrids["ssd"], *common).stdout.strip()
+    assert (told["prompt"], told["branch"], told["new_tokens"]) == ("def window", "both", 5)
+    assert told["state_bytes"] > 0
+    assert json.loads(cli("generate", donor, *common, "--json").stdout)["branch"] is None
+
+
 def test_generate_in_every_state(cli: Cli, hybrids: dict[str, Path]) -> None:
     for state in BRANCH_STATES:
         done = cli("generate", hybrids["ssd"], "def window", "--max-new-tokens", 2, "--branch", state)
@@ -331,6 +347,9 @@ def test_demo_gets_its_options(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(equipoise.demo, "run_demo", run_demo)
     assert cli("demo", "--output", tmp_path / "demo", "--seeds", "0,2").exit_code == 0
     assert calls == [(tmp_path / "demo", (0, 2))]
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "audit.json").write_text("{}\n")
+    assert cli("demo", "--output", tmp_path / "demo", "--json").stdout == "{}\n"
     for seeds in ("", "x", "0,0", "-1", "1.5"):
         wrong = cli("demo", "--output", tmp_path / "demo", "--seeds", seeds)
         assert wrong.exit_code == 2

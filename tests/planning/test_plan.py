@@ -181,7 +181,7 @@ def test_the_table_fits_the_terminal(bare: Path, monkeypatch: pytest.MonkeyPatch
     table = done.stdout.split("time and activations")[0]
     assert max(map(len, table.splitlines())) <= columns
     assert "\x1b" not in done.stdout
-    for words in ("parameters that train", "not measured: not asked for"):
+    for words in ("finetune", "Adam", "not measured: not asked for"):
         assert words in done.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from equipoise.config import DataConfig
@@ -53,7 +54,7 @@ def _local_size(data: DataConfig, donor: str) -> DataSize:
     lengths = [_characters(row) for row in documents]
     total, sample = sum(lengths), documents.select(range(min(SAMPLE, len(documents))))
     try:
-        tokenizer: Any = load_tokenizer(donor)
+        tokenizer: Any = _tokenizer(donor)
     except CheckpointError:
         return DataSize(round(total / CHARACTERS), f"{total:,} characters at {CHARACTERS:g} a token")
     texts = [" ".join(_texts(row)) for row in sample]
@@ -62,11 +63,18 @@ def _local_size(data: DataConfig, donor: str) -> DataSize:
     return DataSize(round(total / each), f"{total:,} characters at {each:.2f} a token, counted on a sample")
 
 
+def _tokenizer(donor: str) -> Any:
+    """The donor's tokenizer; transformers makes an empty one up where a directory has none."""
+    if Path(donor).is_dir() and not any(Path(donor).glob("tokenizer*")):
+        raise CheckpointError(f"{donor}: no tokenizer.")
+    return load_tokenizer(donor)
+
+
 def _hub_size(data: DataConfig) -> DataSize:
     from datasets import load_dataset_builder
 
     try:
-        splits = load_dataset_builder(data.source, data.subset).info.splits or {}
+        splits: Any = load_dataset_builder(data.source, data.subset).info.splits
         size = int(splits["train"].num_bytes)
     except Exception:  # not reachable, no such split, or its sizes were never written down
         return DataSize(None, "not known before the data set is read; give --max-steps or data.max_tokens")

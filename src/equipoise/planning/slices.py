@@ -84,7 +84,7 @@ def stage_cost(
         more = kinds.count(kind) - (kind == first)
         if more:
             both = measure([chosen[first], index], count)
-            total += both.beyond(base).scaled(more)
+            total += both.beyond(base).scaled(float(more))
     return total.scaled(rows / count)
 
 
@@ -112,7 +112,7 @@ def slice_cost(
             transfer(model, settings, data, Path(folder), callbacks=[clock])
         else:
             finetune(model, settings, data, None, Path(folder), callbacks=[clock])
-    return Cost(statistics.median(clock.seconds[1:]), saved.peak)
+    return Cost(statistics.median(clock.seconds[1:]), float(saved.peak))
 
 
 def make_slice(config: Any, indices: Sequence[int], device: str) -> PreTrainedModel:
