@@ -76,7 +76,12 @@ def _hub_size(data: DataConfig) -> DataSize:
     try:
         splits: Any = load_dataset_builder(data.source, data.subset).info.splits
         size = int(splits["train"].num_bytes)
-    except Exception:  # not reachable, no such split, or its sizes were never written down
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # not reachable, no such split, or its sizes were never written down
         return DataSize(None, "not known before the data set is read; give --max-steps or data.max_tokens")
     return DataSize(round(size / CHARACTERS), f"{size:,} bytes on the Hub at {CHARACTERS:g} a token")
 
