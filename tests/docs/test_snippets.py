@@ -40,6 +40,8 @@ RUN = (
 
 ELSEWHERE = {
     "docs/extending.md": "tests/test_docs.py",
+    "docs/command-line.md": "tests/planning/test_plan.py",
+    "docs/sharing.md": "tests/sharing/test_export.py",
     "docs/serve.md": "tests/serve/test_serve_page.py",
     "docs/states.md": "tests/cli/test_states_page.py",
     "docs/how-to-tell.md": "tests/cli/test_how_to_tell.py",
