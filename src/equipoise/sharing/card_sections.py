@@ -149,9 +149,9 @@ def curve_section(note: dict[str, Any] | None) -> str:
 def limits_section(described: dict[str, Any], run: dict[str, Any] | None) -> str:
     """What follows from the conversion itself."""
     hybrid, reach = described["hybrid"], None if run is None else run["reach"]
-    near = "No token" if hybrid["window"] is None else f"The last {hybrid['window']} tokens"
+    near = "no token" if hybrid["window"] is None else f"the last {hybrid['window']} tokens"
     far = "nothing further back" if hybrid["feature_map"] is None else "all others through the linear branch"
-    lines = [f"In a converted layer: {near} by exact attention, {far}."]
+    lines = [f"A converted layer sees {near} by exact attention, {far}."]
     if reach is not None:
         lines.append(f"Stacked windows relay information over {reach:,} tokens at most.")
     if run is not None:
