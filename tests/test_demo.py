@@ -11,7 +11,7 @@ from rich.console import Console
 from equipoise.audit.report import AuditReport, validate_audit
 from equipoise.demo import RECIPES, demo_recipe, run_demo
 from equipoise.demo_donor import DonorSettings
-from equipoise.train.convert import OutputError
+from equipoise.train.outputs import OutputError
 
 STATES = {"both", "window", "linear", "none", "sinks", "window_renormalised", "linear_renormalised"}
 

@@ -21,7 +21,7 @@ from equipoise.recall_donor import (
     loss_weights,
     not_held_out,
 )
-from equipoise.train.convert import OutputError
+from equipoise.train.outputs import OutputError
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from equipoise.audit.report import AuditReport, to_json, validate_audit
 from equipoise.config import ConfigError
 from equipoise.sweep import LOCK, SweepDonor, SweepError, SweepResult, run_sweep
 from equipoise.sweep_plan import SweepConfig, load_sweep, plan
-from equipoise.train.convert import OutputError, convert
+from equipoise.train.convert import convert
+from equipoise.train.outputs import OutputError
 from support import tiny_model, tiny_tokenizer
 
 

@@ -27,7 +27,8 @@ from equipoise.data.packing import EvaluationWindow, evaluation_windows
 from equipoise.data.sources import load_documents
 from equipoise.demo_donor import CONTEXT, DonorSettings, cached_donor
 from equipoise.models.load import load_model, load_tokenizer
-from equipoise.train.convert import convert, prepare_output
+from equipoise.train.convert import convert
+from equipoise.train.outputs import prepare_output
 from equipoise.train.recipes import load_recipe
 
 RECIPES = ("lolcats", "zero-shot", "hedgecats", "ssd", "swa-sinks")

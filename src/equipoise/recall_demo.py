@@ -41,7 +41,8 @@ from equipoise.recall_donor import (
     write_documents,
 )
 from equipoise.statistics import bootstrap
-from equipoise.train.convert import convert, prepare_output
+from equipoise.train.convert import convert
+from equipoise.train.outputs import prepare_output
 from equipoise.train.recipes import load_recipe
 
 RECIPES = ("lolcats", "zero-shot", "ssd")

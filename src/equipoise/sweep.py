@@ -38,7 +38,8 @@ from equipoise.models.load import load_config, load_model, load_tokenizer
 from equipoise.models.storage import describe_donor, write_atomically
 from equipoise.statistics import ScoreTable
 from equipoise.sweep_plan import DEMO, Cell, SweepConfig
-from equipoise.train.convert import RUN, START, WORK, convert, prepare_output
+from equipoise.train.convert import convert
+from equipoise.train.outputs import RUN, START, WORK, prepare_output
 from equipoise.train.watching import Watcher
 
 MARK, MANIFEST, CELLS, MODEL = "sweep.json", "cell.json", "cells", "model"

@@ -55,6 +55,12 @@ print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)]._
     assert done.stdout.split() == ["EquipoiseLlamaConfig", "EquipoiseLlamaForCausalLM"], done.stderr
 
 
+def test_making_classes_says_nothing() -> None:
+    """transformers warns of classes that generate and do not say so."""
+    done = python("from equipoise.models.auto import classes_of; classes_of('llama')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_without_equipoise_the_error_names_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "equipoise_llama"}))
     done = python(f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})")

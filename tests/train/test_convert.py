@@ -19,7 +19,8 @@ from equipoise.models.branches import branches
 from equipoise.models.load import load_model
 from equipoise.models.storage import CheckpointError
 from equipoise.train import convert as module
-from equipoise.train.convert import OutputError, RunRecord, convert, prepare_data, stopping_rows
+from equipoise.train.convert import RunRecord, convert, prepare_data, stopping_rows
+from equipoise.train.outputs import OutputError
 from equipoise.train.progress import ProgressReport
 from equipoise.train.recipes import recipe_names
 from equipoise.train.trainer import TrainingDiverged

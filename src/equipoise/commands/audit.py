@@ -96,7 +96,7 @@ def audit_command(
     from equipoise.audit.render import run_labels
     from equipoise.audit.report import console_table, to_json, write_audit
     from equipoise.commands.audit_native import all_native, audit_native
-    from equipoise.train.convert import claimed
+    from equipoise.train.outputs import claimed
 
     try:
         with told_when_full(output, "No report was written."), claimed(output, shared=True):

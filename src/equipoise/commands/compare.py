@@ -46,7 +46,7 @@ def compare_command(
     from equipoise.audit.compare import compare
     from equipoise.audit.compare_page import console_table, summary, to_dict, write_comparison
     from equipoise.audit.compare_statistics import MEASURES, RESAMPLES
-    from equipoise.train.convert import claimed
+    from equipoise.train.outputs import claimed
 
     if judge not in MEASURES:
         raise unknown_name("measure", judge, MEASURES)

@@ -63,8 +63,9 @@ def convert_command(
     if dry_run:
         _show_plan(donor, run, output, resume=resume, trust_remote_code=trust_remote_code, as_json=as_json)
         return
-    from equipoise.train.convert import WORK, convert
+    from equipoise.train.convert import convert
     from equipoise.train.ending import TERMINATED, Terminated
+    from equipoise.train.outputs import WORK
     from equipoise.train.trainer import TrainingDiverged, latest_checkpoint
 
     try:
@@ -101,7 +102,7 @@ def _show_plan(
     """What a conversion would do; everything that can be refused without reading weights is."""
     from equipoise.commands.plan import show
     from equipoise.planning.plan import plan_conversion
-    from equipoise.train.convert import check_output
+    from equipoise.train.outputs import check_output
 
     check_output(output, resume=resume)
     plan = plan_conversion(donor, run, probe=False, trust_remote_code=trust_remote_code)

@@ -90,7 +90,7 @@ def attribute_command(
     from equipoise.audit.depth_page import depth_page, summary
     from equipoise.audit.depth_report import to_dict
     from equipoise.pages import write_results
-    from equipoise.train.convert import claimed
+    from equipoise.train.outputs import claimed
 
     settings = DepthSettings(
         games=_games(games), tolerance=tolerance, budget=budget, draws=draws, seed=seed, resamples=resamples

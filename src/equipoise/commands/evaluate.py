@@ -110,7 +110,7 @@ def evaluate_command(
         metadata=metadata, batch_size=batch_size, seed=seed, resamples=resamples,
     )  # fmt: skip
     quieten()
-    from equipoise.train.convert import claimed
+    from equipoise.train.outputs import claimed
 
     kept = f"Finished states are kept in {output}: the same command goes on from there."
     try:

@@ -44,7 +44,7 @@ def export_command(
     import torch
 
     from equipoise.sharing.export import check, export
-    from equipoise.train.convert import claimed
+    from equipoise.train.outputs import claimed
 
     check(model, softmax=softmax, lora=lora or ("drop" if softmax else "merge"))
     wanted = None if dtype == "auto" else getattr(torch, dtype)

@@ -60,7 +60,8 @@ def import_lolcats_command(
     quieten()
     from equipoise.models.load import load_tokenizer
     from equipoise.models.lolcats import LolcatsOptions, import_lolcats
-    from equipoise.train.convert import claimed, save
+    from equipoise.train.convert import save
+    from equipoise.train.outputs import claimed
 
     options = LolcatsOptions(
         window=window, layout=layout, feature_map=feature_map, affine=affine, lora_alpha=lora_alpha,

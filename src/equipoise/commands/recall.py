@@ -97,7 +97,7 @@ def recall_command(
     from equipoise.evaluate.recall_report import summary, write_recall
     from equipoise.evaluate.recall_results import grouped
     from equipoise.evaluate.recall_tasks import RecallSettings
-    from equipoise.train.convert import claimed
+    from equipoise.train.outputs import claimed
 
     settings = RecallSettings(needles=needles, answer_words=answer_words, options=options, wording=wording)
     asked = RecallOptions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -25,7 +25,7 @@ _REASONS = {
 }
 
 
-class HybridGeneration(PreTrainedModel):
+class HybridGeneration(PreTrainedModel, GenerationMixin):
     """The part of an ``Equipoise…ForCausalLM`` that ``generate`` talks to."""
 
     def make_cache(self, *, offload: bool = False) -> HybridCache:

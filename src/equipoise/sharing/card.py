@@ -25,7 +25,7 @@ from equipoise.sharing.card_sections import (
     measured_section,
     missing,
 )
-from equipoise.train.convert import RUN
+from equipoise.train.outputs import RUN
 
 AUDIT = "audit.json"
 

@@ -17,7 +17,7 @@ from equipoise.models.families import ConversionError
 from equipoise.models.load import adapters_base, load_config, load_model, load_tokenizer
 from equipoise.models.storage import resolve_donor
 from equipoise.models.surgery import revert
-from equipoise.train.convert import RUN, staged
+from equipoise.train.outputs import RUN, staged
 
 Lora = Literal["merge", "drop", "keep"]
 
@@ -53,7 +53,7 @@ def export(
 
     Args:
         source: a model that equipoise made: a hybrid, or the donor with LoRA (recipe ``lora-only``).
-        output: see `equipoise.train.convert.claimed`.
+        output: see `equipoise.train.outputs.claimed`.
         softmax: give the donor's architecture back.
         lora: merge the adapters into the weights, drop them, or keep them apart (hybrids only). None drops
             them with ``softmax``, which gives the donor back bit by bit, and merges them without.

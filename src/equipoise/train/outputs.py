@@ -1,0 +1,110 @@
+"""Output directories: claimed by one run, refused where something else is in them, written whole or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from equipoise.config import ConfigError
+from equipoise.train.ending import LOCK, only_run
+from equipoise.train.reporting import LOGS
+
+RUN = "run.json"
+"""What was run, beside the model it made."""
+WORK = "training"
+"""Sub-folder with training checkpoints, until the run is done."""
+START = "start.json"
+"""In the work folder: what the run was started with, so that it is not resumed with something else."""
+STAGING = ".staging"
+
+
+class OutputError(ConfigError):
+    """An output directory that cannot be used; the message says why and what to do."""
+
+
+@contextmanager
+def claimed(output: Path, *, resume: bool = False, shared: bool = False) -> Generator[None]:
+    """Prepare a directory (see `prepare_output`); where the block fails, leave nothing in it but checkpoints.
+
+    A directory that was made here and stayed empty goes too. Unless it is shared, nobody else may claim it
+    meanwhile.
+
+    Raises:
+        OutputError: see `prepare_output`.
+        InUseError: another run writes there.
+    """
+    is_new = not output.exists()
+    prepare_output(output, resume=resume, shared=shared)
+    try:
+        with nullcontext() if shared else only_run(output):
+            try:
+                yield
+            except BaseException:
+                shutil.rmtree(output / STAGING, ignore_errors=True)
+                if not shared and not any((output / WORK).glob("*/checkpoint-*")):
+                    shutil.rmtree(output / WORK, ignore_errors=True)
+                    shutil.rmtree(output / LOGS, ignore_errors=True)
+                raise
+    except BaseException:
+        if is_new and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) -> None:
+    """Make the directory, or refuse it; see `check_output`.
+
+    Raises:
+        OutputError: not a directory, holds files already, or cannot be written.
+    """
+    check_output(output, resume=resume, shared=shared)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror}). Choose another --output."
+        ) from None
+
+
+def check_output(output: Path, *, resume: bool = False, shared: bool = False) -> None:
+    """Refuse a directory by what is there.
+
+    Args:
+        output: must be new or empty.
+        resume: it must hold a run that is not finished, or nothing.
+        shared: it may hold other things.
+
+    Raises:
+        OutputError: not a directory, or holds files already.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: expected a directory to write to, got a file. Choose another --output.")
+    if resume and (output / RUN).is_file():
+        raise OutputError(f"{output}: this run is finished (it has a {RUN}); there is nothing to resume.")
+    started = (output / WORK / START).is_file()
+    found = output.is_dir() and any(path.name != LOCK for path in output.iterdir())
+    if found and not shared and not (resume and started):
+        hint = " A killed run goes on with --resume." if started else ""
+        hint = " There is no run to resume in it." if resume else hint
+        raise OutputError(f"{output}: exists and is not empty. Choose another --output, or remove it.{hint}")
+
+
+@contextmanager
+def staged(output: Path) -> Generator[Path]:
+    """A folder inside ``output`` to fill; at the end its files move out, config.json and `run.json` last."""
+    staging = output / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    for path in sorted(staging.iterdir(), key=lambda p: (p.name == RUN, p.name == "config.json", p.name)):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    staging.rmdir()
