@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from equipoise import ConversionError, HybridConfig, hybridize, record_donor, revert
 from equipoise.layers.interface import mixers_of
+from equipoise.models.load import load_tokenizer
 from equipoise.models.storage import MIXERS, CheckpointError, fingerprint, write_atomically
-from support import random_tokens, tiny_model
+from support import random_tokens, tiny_model, tiny_tokenizer
 
 Logits = Callable[..., Tensor]
 TOKENS = random_tokens(2, 20)
@@ -228,3 +229,12 @@ def test_generation_settings_come_back(converted: Any, tmp_path: Path, delta: bo
     converted.save_pretrained(tmp_path / "saved", delta=delta)
     loaded = load(tmp_path / "saved").generation_config
     assert (loaded.max_new_tokens, loaded.eos_token_id) == (7, 5)
+
+
+def test_a_tokenizer_is_not_made_up(tmp_path: Path) -> None:
+    """transformers makes one without words for a directory that has none."""
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no tokenizer found beside the model\. Copy tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == len(tiny_tokenizer())

@@ -61,12 +61,22 @@ def load_model(
     return _load(name_or_path, device, False, dtype)
 
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
+
+
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises:
         CheckpointError: there is none.
     """
+    place = Path(name_or_path)
+    if place.is_dir() and not any(path for kind in _TOKENIZER_FILES for path in place.glob(kind)):
+        # transformers 5 would make up a tokenizer without words from config.json alone
+        raise CheckpointError(
+            f"{name_or_path}: no tokenizer found beside the model. Copy tokenizer.json and "
+            "tokenizer_config.json there."
+        )
     try:
         # said, not left open: transformers would ask on a terminal whether to run the code
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

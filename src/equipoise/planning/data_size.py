@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from equipoise.config import DataConfig
@@ -54,20 +53,13 @@ def _local_size(data: DataConfig, donor: str) -> DataSize:
     lengths = [_characters(row) for row in documents]
     total, sample = sum(lengths), documents.select(range(min(SAMPLE, len(documents))))
     try:
-        tokenizer: Any = _tokenizer(donor)
+        tokenizer: Any = load_tokenizer(donor)
     except CheckpointError:
         return DataSize(round(total / CHARACTERS), f"{total:,} characters at {CHARACTERS:g} a token")
     texts = [" ".join(_texts(row)) for row in sample]
     counted = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
     each = sum(lengths[: len(texts)]) / max(1, counted)
     return DataSize(round(total / each), f"{total:,} characters at {each:.2f} a token, counted on a sample")
-
-
-def _tokenizer(donor: str) -> Any:
-    """The donor's tokenizer; transformers makes an empty one up where a directory has none."""
-    if Path(donor).is_dir() and not any(Path(donor).glob("tokenizer*")):
-        raise CheckpointError(f"{donor}: no tokenizer.")
-    return load_tokenizer(donor)
 
 
 def _hub_size(data: DataConfig) -> DataSize:
