@@ -46,6 +46,11 @@ def test_continues_as_if_it_had_read_the_whole(cli: Cli, model: Path, book: Path
         assert found.exit_code == 0, found.stderr
         assert found.stdout == whole.stdout
         assert "went on from" in found.stderr
+    told = json.loads(
+        cli("state", "continue", model, state, "return", "--max-new-tokens", 9, "--json").stdout
+    )
+    assert told["text"] == whole.stdout.rstrip("\n")
+    assert (told["prompt"], told["state_tokens"], told["new_tokens"]) == ("return", 300, 9)
     assert state.read_bytes() == before
 
 

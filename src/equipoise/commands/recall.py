@@ -268,6 +268,9 @@ def recall_demo_command(
     seeds: Annotated[
         str, typer.Option("--seeds", metavar="N[,N…]", help="One conversion per recipe and seed.")
     ] = "0,1,2",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON, all else on stderr.")
+    ] = False,
 ) -> None:
     """Teach a small donor to recall, convert it by three recipes, and ask what windows cannot see.
 
@@ -283,8 +286,10 @@ def recall_demo_command(
 
     try:
         with told_when_full(output, "Free some space and run the demo again."):
-            run_recall_demo(output, seeds=chosen, console=results())
+            run_recall_demo(output, seeds=chosen, console=progress() if as_json else results())
     except KeyboardInterrupt:
         raise VerbError(
             "interrupted. A donor that was trained is kept for the next demo.", INTERRUPTED
         ) from None
+    if as_json:
+        typer.echo((output / "recall.json").read_text(encoding="utf-8"), nl=False)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.generate import encode, read_prompt, read_text, sampling_of, stream
-from equipoise.commands.output import progress, quieten, results, say
+from equipoise.commands.output import progress, quieten, results, say, say_json
 
 if TYPE_CHECKING:
     from equipoise.models.states import StateDescription
@@ -131,6 +131,7 @@ def continue_command(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and figures as JSON.")] = False,
 ) -> None:
     """Stream what follows a saved text and a prompt to stdout; only the prompt is read.
 
@@ -153,13 +154,20 @@ def continue_command(
         with branches(loaded, described.mode.mode()):
             start = load_state(state, loaded)
             tokens = encode(tokenizer, question, loaded, continues=True)
-            stream(
+            done = stream(
                 loaded, tokenizer, tokens, limit=max_new_tokens, seed=seed,
-                sampling=sampling_of(temperature, top_p), state=start,
+                sampling=sampling_of(temperature, top_p), state=start, shown=not as_json,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise VerbError("interrupted.", INTERRUPTED) from None
-    if not quiet:
+    if as_json:
+        new: Any = done.sequences[0, described.tokens + tokens.shape[1] :]
+        say_json({
+            "prompt": question, "text": tokenizer.decode(new, skip_special_tokens=True),
+            "state_tokens": described.tokens, "prompt_tokens": int(tokens.shape[1]), "new_tokens": len(new),
+            "state_bytes": described.state_bytes,
+        })  # fmt: skip
+    elif not quiet:
         say(
             progress(),
             f"went on from {described.tokens:,} tokens ({described.state_bytes:,} bytes of state); read "
