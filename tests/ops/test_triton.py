@@ -10,7 +10,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,13 @@ from torch import Tensor
 from equipoise.ops import AttentionState, Branches, dispatch, hybrid_attention
 from equipoise.ops.dispatch import BackendError, backend
 from equipoise.ops.reference import hybrid_attention_reference
+from kernel_checks import TOLERANCES, assert_agree, found
 from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
 
 pytest.importorskip("triton")
 from equipoise.ops.triton.configs import CONFIGS, Config, config_for, using
 
 SMALL = CONFIGS[-1]
-DEVICES = [
-    pytest.param(("cpu", torch.float64), id="interpreter"),
-    pytest.param(("cuda", torch.float32), id="cuda-float32", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=pytest.mark.gpu),
-]
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
-
-
-@pytest.fixture(params=DEVICES)
-def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.dtype]]:
-    """(device, type of the inputs)."""
-    device, dtype = request.param
-    if (device == "cuda") != torch.cuda.is_available():
-        pytest.skip(f"runs {'with' if device == 'cuda' else 'without'} CUDA only")
-    with backend("triton"):
-        yield device, dtype
 
 
 class Setting:
@@ -72,7 +56,7 @@ class Setting:
         masks = {name: None if x is None else x.to(device) for name, x in self.masks.items()}
         out, _ = hybrid_attention(*tensors, gate=gate, **self.options, **masks)
         (out * self.grad.to(device, dtype)).sum().backward()
-        return self._found(out, [*tensors, gate])
+        return found(out, [*tensors, gate])
 
     def expected(self, dtype: torch.dtype) -> list[Tensor]:
         """The same by the definitions, in float64 but from inputs rounded as ours are."""
@@ -80,23 +64,14 @@ class Setting:
         gate = self.gate.clone().requires_grad_()
         out = hybrid_attention_reference(*tensors, gate=gate, **self.options, **self.masks)
         (out * self.grad.to(dtype).double()).sum().backward()
-        return self._found(out, [*tensors, gate])
-
-    @staticmethod
-    def _found(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        grads = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
-        return [x.detach().double().cpu() for x in (out, *grads)]
+        return found(out, [*tensors, gate])
 
 
 def check(setting: Setting, config: Config, place: tuple[str, torch.dtype]) -> None:
     with using(config):
         ours = setting.ours(place)
     names = ("output", "q", "k", "v", "phi_q", "phi_k", "gate")
-    for name, one, other in zip(names, ours, setting.expected(place[1]), strict=True):
-        tolerance = TOLERANCES[place[1]] * max(1.0, float(other.abs().max()))
-        torch.testing.assert_close(
-            one, other, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_agree(names, ours, setting.expected(place[1]), place[1])
 
 
 @pytest.mark.parametrize(

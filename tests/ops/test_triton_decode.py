@@ -9,27 +9,18 @@ import torch
 
 from equipoise.ops import AttentionState, hybrid_attention
 from equipoise.ops.dispatch import backend
+from kernel_checks import TOLERANCES
 from support import PositiveMap, attention_inputs, normal, padding_mask
 
 pytest.importorskip("triton")
 from equipoise.ops.triton import decode
 from equipoise.ops.triton.decode import SLOTS
 
-DEVICES = [
-    pytest.param(("cpu", torch.float64), id="interpreter"),
-    pytest.param(("cuda", torch.float32), id="cuda-float32", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=pytest.mark.gpu),
-]
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
-
-@pytest.fixture(params=DEVICES)
-def place(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
-    """(device, type of the inputs)."""
-    device, dtype = request.param
-    if (device == "cuda") != torch.cuda.is_available():
-        pytest.skip(f"runs {'with' if device == 'cuda' else 'without'} CUDA only")
-    return device, dtype
+@pytest.fixture
+def place(device_and_dtype: tuple[str, torch.dtype]) -> tuple[str, torch.dtype]:
+    """(device, type of the inputs); each test names its own path."""
+    return device_and_dtype
 
 
 def decoded(

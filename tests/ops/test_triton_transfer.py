@@ -5,7 +5,6 @@ As in test_triton: in the interpreter and float64 on CPU, on the device in float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from equipoise.ops.dispatch import BackendError, backend
 from equipoise.ops.reference import transfer_cross_entropy_reference
 from equipoise.ops.transfer_loss import transfer_cross_entropy
 from equipoise.ops.types import Donor
+from kernel_checks import TOLERANCES
 from support import attention_inputs, normal, padding_mask, segments_of
 
 pytest.importorskip("triton")
@@ -24,22 +24,6 @@ from equipoise.ops.triton import transfer
 from equipoise.ops.triton.configs import CONFIGS, Config, using
 
 SMALL = CONFIGS[-1]
-DEVICES = [
-    pytest.param(("cpu", torch.float64), id="interpreter"),
-    pytest.param(("cuda", torch.float32), id="cuda-float32", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=pytest.mark.gpu),
-]
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
-
-
-@pytest.fixture(params=DEVICES)
-def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.dtype]]:
-    """(device, type of the inputs)."""
-    device, dtype = request.param
-    if (device == "cuda") != torch.cuda.is_available():
-        pytest.skip(f"runs {'with' if device == 'cuda' else 'without'} CUDA only")
-    with backend("triton"):
-        yield device, dtype
 
 
 class Setting:
