@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -95,6 +95,9 @@ def training_arguments(
     )  # fmt: skip
 
 
+Own = TypeVar("Own", bound=TrainerCallback)
+
+
 class StageTrainer(Trainer):
     """What the two stages share.
 
@@ -130,7 +133,7 @@ class StageTrainer(Trainer):
                 f"expected at least {self.rows_a_step} rows of training data, one step of {self.stage_name}, "
                 f"got {count}. Give more data, or lower {self.stage_name}.batch_size or data.context_length."
             )
-        own: list[TrainerCallback] = [StageClock()]
+        own: list[TrainerCallback] = [StageClock(), UnloggedLoss()]
         if stopping is not None:
             own.append(StoppingRule(stopping.model_dump(mode="json")))
         super().__init__(
@@ -141,18 +144,23 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.branch_metrics: dict[str, float] = {}
         self._micro_step, self._micro_of = 0, -1
-        self._was_over = False
+        self._was_over = self._is_resumed = False
+
+    def _callback(self, kind: type[Own]) -> Own | None:
+        """A callback of our own; Trainer restores those from a checkpoint as other objects."""
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)
 
     @property
     def seconds(self) -> float:
         """Time spent training so far."""
-        clocks = [c for c in self.callback_handler.callbacks if isinstance(c, StageClock)]
-        return clocks[0].total()  # restored by Trainer from a checkpoint as another object
+        clock = self._callback(StageClock)
+        assert clock is not None
+        return clock.total()
 
     @property
     def rule(self) -> StoppingRule | None:
-        """When to stop; restored from a checkpoint like the clock."""
-        return next((c for c in self.callback_handler.callbacks if isinstance(c, StoppingRule)), None)
+        """When to stop."""
+        return self._callback(StoppingRule)
 
     # ---- steps
 
@@ -177,13 +185,24 @@ class StageTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
-        self._was_over = bool(self.control.should_training_stop)
+        self._was_over, self._is_resumed = bool(self.control.should_training_stop), True
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._was_over:  # resumed from its last checkpoint; Trainer would take one more step
             self.control.should_training_stop = True
             return
+        unlogged = self._callback(UnloggedLoss)
+        if self._is_resumed and unlogged is not None:  # Trainer begins a new mean where it is resumed
+            self._is_resumed = False
+            self._tr_loss += unlogged.total
+            self._globalstep_last_logged = unlogged.since
         super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        unlogged = self._callback(UnloggedLoss)
+        if unlogged is not None:
+            unlogged.total, unlogged.since = float(self._tr_loss), self._globalstep_last_logged
+        super()._save_checkpoint(*args, **kwargs)
 
     def check_finite(self, value: Tensor, what: str) -> None:
         """Stop before the optimiser takes in a gradient that is not finite.
@@ -344,6 +363,16 @@ class StageClock(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {"before": self.total()}, "attributes": {}}
+
+
+class UnloggedLoss(TrainerCallback, ExportableState):
+    """The losses since the last log, so that the next one is the mean it would have been."""
+
+    def __init__(self, total: float = 0.0, since: int = 0) -> None:
+        self.total, self.since = total, since
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"total": self.total, "since": self.since}, "attributes": {}}
 
 
 # ---- what a stage leaves on disk
