@@ -66,7 +66,8 @@ def convert_command(
     from equipoise.train.convert import convert
     from equipoise.train.ending import TERMINATED, Terminated
     from equipoise.train.outputs import WORK
-    from equipoise.train.trainer import TrainingDiverged, latest_checkpoint
+    from equipoise.train.stage_files import latest_checkpoint
+    from equipoise.train.trainer import TrainingDiverged
 
     try:
         with told_when_full(

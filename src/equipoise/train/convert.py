@@ -29,8 +29,8 @@ from equipoise.train.ending import ended_by_sigterm
 from equipoise.train.outputs import RUN, START, WORK, claimed, staged
 from equipoise.train.progress import reported
 from equipoise.train.reporting import LOGS, check_reporter, reporting
-from equipoise.train.stages import StageResult, finetune, lora_targets, transfer
-from equipoise.train.trainer import finished_result, latest_checkpoint
+from equipoise.train.stage_files import StageResult, finished_result, latest_checkpoint
+from equipoise.train.stages import finetune, lora_targets, transfer
 from equipoise.train.watching import Watcher, check_watched, mean_nll
 
 HELD_OUT_ROWS = 32

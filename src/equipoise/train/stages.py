@@ -22,15 +22,8 @@ from equipoise.ops import Branches
 from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
 from equipoise.train.probe import BranchProbe
 from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
-from equipoise.train.trainer import (
-    StageResult,
-    StageTrainer,
-    TrainingDiverged,
-    clear,
-    finished_result,
-    latest_checkpoint,
-    training_arguments,
-)
+from equipoise.train.stage_files import StageResult, clear, finished_result, latest_checkpoint
+from equipoise.train.trainer import StageTrainer, TrainingDiverged, training_arguments
 from equipoise.train.watching import Attribution, Watcher
 
 PROJECTIONS = (

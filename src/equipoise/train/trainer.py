@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from equipoise.config import LOSS, EarlyStopping, RunConfig, Schedule
@@ -26,37 +22,15 @@ from equipoise.data.sources import DataError
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
 from equipoise.models.storage import CheckpointError, load_tensors, write_atomically
+from equipoise.train.continuity import StageClock, UnloggedLoss
 from equipoise.train.probe import BranchProbe
+from equipoise.train.stage_files import TRAINED, StageResult, write_finished
 from equipoise.train.stopping import StoppingRule
 from equipoise.train.watching import PREFIX, Watcher, untouched
-
-TRAINED = "trained.safetensors"
-"""The trained weights, in a training checkpoint and beside `FINISHED`."""
-FINISHED = "finished.json"
-"""Written when a stage is done, so that a run killed later does not go through it again."""
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (it tells what happened)
     """A loss or gradient is not a number any more; the message says where, and what to lower."""
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did.
-
-    Attributes:
-        steps: optimiser steps taken.
-        tokens: training tokens seen.
-        seconds: time spent training, all runs of a stage that was resumed together.
-        history: what was logged, in order; looks at held-out rows too (see `watching.watched_history`).
-        kept_step: the step that the result's weights are of, where early stopping chose; None for the last.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    history: list[dict[str, float]]
-    kept_step: int | None = None
 
 
 def training_arguments(
@@ -346,70 +320,3 @@ class _Probing:
         if self.probe is not None:
             self.context.__exit__(*error)
             self.trainer.branch_metrics = self.probe.results()
-
-
-class StageClock(TrainerCallback, ExportableState):
-    """Time spent on a stage, also before it was killed and resumed."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self.before, self.since = before, time.monotonic()
-
-    def total(self) -> float:
-        """Seconds so far."""
-        return self.before + time.monotonic() - self.since
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.since = time.monotonic()
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"before": self.total()}, "attributes": {}}
-
-
-class UnloggedLoss(TrainerCallback, ExportableState):
-    """The losses since the last log, so that the next one is the mean it would have been."""
-
-    def __init__(self, total: float = 0.0, since: int = 0) -> None:
-        self.total, self.since = total, since
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"total": self.total, "since": self.since}, "attributes": {}}
-
-
-# ---- what a stage leaves on disk
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete training checkpoint of a stage; half-written ones are passed over."""
-    found = [path for path in directory.glob("checkpoint-*") if _is_complete(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """trainer_state.json is what Trainer writes last: one that reads as JSON stands for all the rest."""
-    if not checkpoint.name.rpartition("-")[2].isdigit() or not (checkpoint / TRAINED).is_file():
-        return False
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def finished_result(directory: Path) -> StageResult | None:
-    """What a stage that ran to its end left; None if it did not."""
-    path = directory / FINISHED
-    return StageResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def write_finished(directory: Path, result: StageResult) -> None:
-    """Note that the stage is done; its weights must be there already."""
-    text = json.dumps(asdict(result))
-    write_atomically(directory / FINISHED, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def clear(directory: Path) -> None:
-    """Take away what an earlier run of the stage left, which a later resume would mistake for this one's."""
-    (directory / FINISHED).unlink(missing_ok=True)
-    for path in directory.glob("checkpoint-*"):
-        if (path / TRAINED).is_file():
-            shutil.rmtree(path)
