@@ -79,13 +79,13 @@ def attach(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0) -> No
     chosen = selected_layers(text, config, len(modules))
     for index, module in enumerate(modules):
         if index in chosen:
-            module.hybrid = _mixer(module, text, config, index, seed)
+            module.hybrid = make_mixer(module, text, config, index, seed)
         module._equipoise_hook = module.register_forward_pre_hook(pass_cache, with_kwargs=True)
     decoder._equipoise_hook = decoder.register_forward_pre_hook(prepare_decoder, with_kwargs=True)
     model.set_attn_implementation(ATTENTION)
 
 
-def _mixer(module: Any, text: Any, config: HybridConfig, index: int, seed: int) -> HybridMixer:
+def make_mixer(module: Any, text: Any, config: HybridConfig, index: int, seed: int) -> HybridMixer:
     """A mixer on the layer's device: float32 whatever the donor is held in, float64 where it is that."""
     parameter = next(module.parameters())
     heads, kv_heads, size = head_sizes(text, module)

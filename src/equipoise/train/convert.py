@@ -139,7 +139,7 @@ def convert(
     check_reporter(run.report_to)
     check_watched(run, watchers)
     with claimed(output, resume=resume), ended_by_sigterm() as ending:
-        _check_start(output / WORK, run, donor, seed)
+        check_start(output / WORK, run, donor, seed)
         return _convert(donor, run, output, seed, resume, console, trust_remote_code, watchers, ending)
 
 
@@ -160,7 +160,7 @@ def _convert(
     if run.hybrid is not None:
         hybridize(model, run.hybrid, seed=seed)
         record_donor(model, donor)
-        _describe(model, run.hybrid, console)
+        describe(model, run.hybrid, console)
     data = prepare_data(run.data, model, tokenizer, seed=seed) if trains else None
     held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
     results: dict[str, StageResult] = {}
@@ -188,13 +188,13 @@ def _convert(
     return record
 
 
-def _check_start(work: Path, run: RunConfig, donor: str, seed: int) -> None:
-    """Note what a run is started with; a resumed one must be started with the same.
+def check_start(work: Path, run: RunConfig, donor: str, seed: int, **more: Any) -> None:
+    """Note what a run is started with, and ``more``; a resumed one must be started with the same.
 
     Raises:
         ConfigError: it is not; names what differs.
     """
-    started = {"donor": donor, "seed": seed, **run.model_dump(mode="json")}
+    started = {"donor": donor, "seed": seed, **more, **run.model_dump(mode="json")}
     place = work / START
     if not place.is_file():
         work.mkdir(exist_ok=True)
@@ -227,7 +227,8 @@ def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> f
         return mean_loss(model, data.held_out)
 
 
-def _describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> None:
+def describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> None:
+    """Say what was converted, how far it reaches and what its state weighs."""
     layers = report_layers(model)
     left = {"local": layers.local, "softmax": layers.softmax}
     kept = [f"{len(indices)} left {kind}" for kind, indices in left.items() if indices]

@@ -208,7 +208,7 @@ def transfer(
         model, training_arguments(run, run.transfer, directory, seed=seed, eval_steps=every), rows, held_out,
         callbacks, watchers=watchers, objective=weighted_sum(run.transfer.objectives),
     )  # fmt: skip
-    return _run(trainer, model, directory, resume)
+    return run_stage(trainer, model, directory, resume)
 
 
 def finetune(
@@ -243,7 +243,7 @@ def finetune(
         model, arguments, rows, held_out, callbacks, watchers=watchers, stopping=stopping, settings=settings
     )
     with _recomputing(model) if run.gradient_checkpointing else nullcontext():
-        return _run(trainer, model, directory, resume)
+        return run_stage(trainer, model, directory, resume)
 
 
 def _watchers(
@@ -272,7 +272,7 @@ def _recomputing(model: Any) -> Generator[None]:
         disable()
 
 
-def _run(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
+def run_stage(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
     """Train from the start, from a checkpoint, or not at all where the stage is done; then freeze all."""
     try:
         done = finished_result(directory) if resume else None
