@@ -174,7 +174,7 @@ class TestFailure:
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "write_atomically", fail)
-            patch.setattr(module, "_check_start", lambda *args: None)
+            patch.setattr(module, "check_start", lambda *args: None)
             with pytest.raises(OSError, match="No space"):
                 convert(donor, small("zero-shot"), out, console=quiet())
         assert [path.name for path in out.iterdir()] == ["training"]
