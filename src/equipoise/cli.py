@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from copy import copy
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -39,7 +41,14 @@ _DEBUG = "--debug"
 
 
 class Verbs(TyperGroup):
-    """All verbs; turns what they raise into one short message and an exit code."""
+    """All verbs, each with --debug; turns what they raise into one short message and an exit code."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        option = copy(next(parameter for parameter in self.params if parameter.name == "debug"))
+        option.expose_value, option.callback = False, _debug_after_verb
+        option.hidden = True  # named once, among the global options: a verb's help is one screen
+        _give(self.commands, option)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run the command line: 0 success, 1 the work failed, 2 wrong usage, 130 interrupted."""
@@ -61,6 +70,19 @@ class Verbs(TyperGroup):
             else:
                 say_error(message)
         sys.exit(code or 0)
+
+
+def _give(commands: Mapping[str, Any], option: Any) -> None:
+    """Let verbs take an option of the whole command too: by habit it comes last."""
+    for name, command in commands.items():
+        if name != "lm-eval":  # its arguments are not ours
+            command.params.append(option)
+        _give(getattr(command, "commands", {}), option)
+
+
+def _debug_after_verb(context: object, parameter: object, wanted: bool) -> None:
+    if wanted:  # where not, it may have stood before the verb
+        set_debugging(True)
 
 
 def _close_pipe() -> NoReturn:
@@ -92,7 +114,7 @@ def common(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
     ] = None,
     debug: Annotated[
-        bool, typer.Option(_DEBUG, help="Show tracebacks and the libraries' warnings; goes before the verb.")
+        bool, typer.Option(_DEBUG, help="Show tracebacks and the libraries' warnings; also after the verb.")
     ] = False,
 ) -> None:
     """Convert pretrained transformers into hybrids of window softmax and linear attention, and audit both.

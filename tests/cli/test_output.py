@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from equipoise.cli import VERBS
+from equipoise.commands.output import debugging
+
 from .conftest import Cli
 
 
@@ -32,10 +35,21 @@ def test_a_pipe_gets_no_colours_and_whole_lines() -> None:
 
 def test_tracebacks_only_with_debug(cli: Cli) -> None:
     assert "Traceback" not in equipoise("recipes", "sdd").stderr
-    shown = equipoise("--debug", "recipes", "sdd")
-    assert shown.returncode != 0
-    assert "Traceback" in shown.stderr
-    assert "UnknownNameError" in shown.stderr
+    for arguments in (("--debug", "recipes", "sdd"), ("recipes", "sdd", "--debug")):
+        shown = equipoise(*arguments)
+        assert shown.returncode != 0
+        assert "Traceback" in shown.stderr
+        assert "UnknownNameError" in shown.stderr
+
+
+def test_every_verb_takes_debug_after_its_name(cli: Cli) -> None:
+    """lm-eval's arguments are its own."""
+    for verb in (*((name,) for name, _, _ in VERBS), ("state", "show")):
+        assert "--debug" in cli(*verb, "--debugging").stderr  # did you mean?
+        assert cli(*verb, "--debug", "--help").exit_code == 0
+    for arguments in (("--debug", "recipes"), ("recipes", "--debug"), ("recipes",)):
+        assert cli(*arguments).exit_code == 0
+        assert debugging() == ("--debug" in arguments)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

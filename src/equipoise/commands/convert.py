@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equipoise.commands.failures import FAILED, INTERRUPTED, VerbError, told_when_full
+from equipoise.commands.options import MaxSteps, Recipe, Settings, TrainingData, TrustRemoteCode
 from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
 from equipoise.config import merge, parse_assignments
@@ -22,21 +23,11 @@ STAGES = ("transfer", "finetune")
 
 def convert_command(
     donor: Annotated[str, typer.Argument(metavar="DONOR", help="Model directory, or a name on the Hub.")],
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="See `equipoise recipes`, or a YAML file.")
-    ],
+    recipe: Recipe,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New directory for the result.")],
-    data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="SOURCE", help="File, folder, Hub data set or `stdlib`, to train on."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", metavar="N", min=1, help="Optimiser steps of each stage.")
-    ] = None,
+    data: TrainingData = None,
+    settings: Settings = None,
+    max_steps: MaxSteps = None,
     report_to: Annotated[
         str | None,
         typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb or none: where the log goes."),
@@ -46,9 +37,7 @@ def convert_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and do nothing.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the donor.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as JSON.")] = False,
 ) -> None:
     """Convert a softmax model into a hybrid by a recipe.

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from equipoise.commands.audit import AuditOptions, _context_length, inspect, read_text
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
+from equipoise.commands.options import (
+    ContextLength,
+    Contexts,
+    Documents,
+    MaxWindows,
+    Report,
+    Resamples,
+    ScoredData,
+    TextColumn,
+)
 from equipoise.commands.output import progress, quieten, results, say
 
 if TYPE_CHECKING:
@@ -28,25 +37,13 @@ FEW_HEADS = 64
 
 def attribute_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Converted model.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Directory for the report.")],
-    data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="SOURCE", help="Text to score; default: held out from training."),
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", metavar="NAME", help="Column of --data with the text.")
-    ] = None,
-    context_length: Annotated[
-        int | None,
-        typer.Option("--context-length", metavar="N", min=2, help="Tokens at a time; default: up to 1024."),
-    ] = None,
-    documents: Annotated[int, typer.Option("--documents", metavar="N", min=2, help="How many at most.")] = 64,
-    max_windows: Annotated[
-        int, typer.Option("--max-windows", metavar="N", min=1, help="Contexts of each document at most.")
-    ] = 1,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", min=1, help="Contexts at a time.")
-    ] = 8,
+    output: Report,
+    data: ScoredData = None,
+    text_column: TextColumn = None,
+    context_length: ContextLength = None,
+    documents: Documents = 64,
+    max_windows: MaxWindows = 1,
+    batch_size: Contexts = 8,
     heads: Annotated[
         bool | None,
         typer.Option("--heads/--no-heads", help=f"By head too; default: up to {FEW_HEADS} heads in all."),
@@ -69,9 +66,7 @@ def attribute_command(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", min=0, help="Of permutations, random sets, bootstrap.")
     ] = 0,
-    resamples: Annotated[
-        int, typer.Option("--resamples", metavar="N", min=1, help="Bootstrap resamples behind an interval.")
-    ] = 2000,
+    resamples: Resamples = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,
 ) -> None:
     """Show in which layers and heads the branches work: attribution.json, .md and .html.

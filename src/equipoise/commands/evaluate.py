@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
+from equipoise.commands.options import AnyModel, Resamples
 from equipoise.commands.output import progress, quieten, results, say
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class EvaluateOptions:
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, or a name on the Hub.")],
+    model: AnyModel,
     tasks: Annotated[str, typer.Option("--tasks", metavar="A,B,…", help="lm-eval's tasks, groups or tags.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Directory for the results.")],
     branches: Annotated[
@@ -90,9 +91,7 @@ def evaluate_command(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", min=0, help="Of everything; default: lm-eval's own.")
     ] = None,
-    resamples: Annotated[
-        int, typer.Option("--resamples", metavar="N", min=1, help="Bootstrap resamples behind an interval.")
-    ] = 2000,
+    resamples: Resamples = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON to stdout.")] = False,
 ) -> None:
     """Score a model on lm-eval's tasks in every branch state: evaluate.json, .md and .html.

@@ -10,13 +10,12 @@ from typing import Annotated, Literal
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, VerbError, told_when_full
+from equipoise.commands.options import ConvertedModel
 from equipoise.commands.output import quieten, results, say, say_json
 
 
 def export_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory of a converted model, or Hub name.")
-    ],
+    model: ConvertedModel,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New directory for the result.")],
     softmax: Annotated[
         bool, typer.Option("--softmax", help="The donor's architecture, which transformers runs alone.")

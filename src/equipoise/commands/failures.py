@@ -53,8 +53,8 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         return FAILED, f"{error.strerror or _first_line(text)}{_where(error)}."
     return FAILED, (
-        f"{type(error).__name__}: {_first_line(text)}. This was not foreseen; `equipoise --debug …` shows "
-        "where it comes from."
+        f"{type(error).__name__}: {_first_line(text)}. This was not foreseen; with --debug it shows where "
+        "it comes from."
     )
 
 

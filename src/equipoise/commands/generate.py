@@ -5,11 +5,23 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError
+from equipoise.commands.options import (
+    AnyModel,
+    DrawSeed,
+    MaxNewTokens,
+    OptionalBranch,
+    PromptFile,
+    Quiet,
+    Reading,
+    Temperature,
+    TextAsJson,
+    TopP,
+)
 from equipoise.commands.output import progress, quieten, say, say_json
 
 if TYPE_CHECKING:
@@ -18,34 +30,19 @@ if TYPE_CHECKING:
 
     from equipoise.models.reading import PromptState
 
-STATES = "both, window, linear, none, sinks, softmax or softmax_lora"
-
 
 def generate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory, or a name on the Hub.")],
+    model: AnyModel,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text to go on from.")] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt there; - for stdin.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Stop after so many.")
-    ] = 128,
-    branch: Annotated[
-        str | None, typer.Option("--branch", metavar="STATE", help=f"{STATES}; default both.")
-    ] = None,
-    reading: Annotated[
-        Literal["literal", "renormalised"],
-        typer.Option("--reading", help="One branch alone: at its weight in the hybrid, or at weight 1."),
-    ] = "renormalised",
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", metavar="P", min=0, max=1, help="Draw from this share of probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text and figures as JSON.")] = False,
+    prompt_file: PromptFile = None,
+    max_new_tokens: MaxNewTokens = 128,
+    branch: OptionalBranch = None,
+    reading: Reading = "renormalised",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: DrawSeed = 0,
+    quiet: Quiet = False,
+    as_json: TextAsJson = False,
 ) -> None:
     """Stream a model's continuation of a prompt to stdout, in any branch state.
 

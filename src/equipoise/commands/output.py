@@ -55,13 +55,18 @@ def set_debugging(wanted: bool) -> None:
     _debugging.set(wanted)
 
 
+def debugging() -> bool:
+    """Whether --debug was given."""
+    return _debugging.get()
+
+
 def quieten() -> None:
     """Load the libraries, and stop their own progress bars, notices and warnings unless debugging."""
-    if not _debugging.get():
+    if not debugging():
         warnings.simplefilter("ignore")
     # Before anything that imports peft: loaded first, peft would be asked for by our Auto classes half-way.
     importlib.import_module("equipoise.models.load")
-    if _debugging.get():
+    if debugging():
         return
     import datasets
     import huggingface_hub

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, VerbError
+from equipoise.commands.options import MaxSteps, Recipe, Settings, TrainingData, TrustRemoteCode
 from equipoise.commands.output import progress, quieten, results, say, say_json
 
 if TYPE_CHECKING:
@@ -20,25 +21,14 @@ def plan_command(
     donor: Annotated[
         str, typer.Argument(metavar="DONOR", help="Directory with a config.json, or a name on the Hub.")
     ],
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="See `equipoise recipes`, or a YAML file.")
-    ],
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="To train on, as for convert.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", metavar="N", min=1, help="Optimiser steps of each stage.")
-    ] = None,
+    recipe: Recipe,
+    data: TrainingData = None,
+    settings: Settings = None,
+    max_steps: MaxSteps = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Time two layers with random weights on this machine.")
     ] = True,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the donor.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a conversion will take: parameters, memory, tokens, disk and time.

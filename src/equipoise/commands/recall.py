@@ -12,6 +12,7 @@ import typer
 from equipoise.commands.audit import Subject, check_one_donor, distinct, inspect
 from equipoise.commands.demo import parse_seeds
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
+from equipoise.commands.options import Report, Resamples, TextColumn
 from equipoise.commands.output import progress, quieten, results, say
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class RecallOptions:
 
 def recall_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Converted models of one donor.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Directory for the report.")],
+    output: Report,
     tasks: Annotated[str, typer.Option("--tasks", metavar="NAME[,NAME…]", help="What to ask.")] = TASKS,
     lengths: Annotated[
         str, typer.Option("--lengths", metavar="N[,N…]", help="Tokens of text, question and answer.")
@@ -66,9 +67,7 @@ def recall_command(
     data: Annotated[
         str | None, typer.Option("--data", metavar="SOURCE", help="Text to hide needles in; default: stdlib.")
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", metavar="NAME", help="Column of --data with the text.")
-    ] = None,
+    text_column: TextColumn = None,
     needles: Annotated[int, typer.Option("--needles", metavar="N", min=2, help="Statements a text.")] = 8,
     answer_words: Annotated[
         int, typer.Option("--answer-words", metavar="N", min=1, help="Words (tokens) of an answer.")
@@ -81,9 +80,7 @@ def recall_command(
         Literal["sentences", "pairs"], typer.Option("--wording", help="Sentences, or bare key-value pairs.")
     ] = "sentences",
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Texts at a time.")] = 8,
-    resamples: Annotated[
-        int, typer.Option("--resamples", metavar="N", min=1, help="Bootstrap resamples behind an interval.")
-    ] = 2000,
+    resamples: Resamples = 2000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON to stdout.")] = False,
 ) -> None:
     """Ask converted models for what stands far away: recall.json, recall.md and recall.html.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equipoise.commands.failures import FAILED, UsageError, VerbError
+from equipoise.commands.options import Branch, ConvertedModel, Reading
 from equipoise.commands.output import progress, quieten, say
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
 
 def serve_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory of a converted model, or Hub name.")
-    ],
+    model: ConvertedModel,
     host: Annotated[
         str, typer.Option("--host", metavar="HOST", help="Address to listen on; loopback unless asked.")
     ] = "127.0.0.1",
@@ -27,13 +26,8 @@ def serve_command(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What clients call the model.")
     ] = None,
-    branch: Annotated[
-        str, typer.Option("--branch", metavar="STATE", help="both, window, linear, none, sinks, softmax …")
-    ] = "both",
-    reading: Annotated[
-        Literal["literal", "renormalised"],
-        typer.Option("--reading", help="One branch alone: at its weight in the hybrid, or at weight 1."),
-    ] = "renormalised",
+    branch: Branch = "both",
+    reading: Reading = "renormalised",
     state: Annotated[
         list[str] | None,
         typer.Option("--state", metavar="NAME=FILE", help="Offer a saved text as model MODEL:NAME."),

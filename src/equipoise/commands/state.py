@@ -6,13 +6,26 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.generate import encode, read_prompt, read_text, sampling_of, stream
+from equipoise.commands.options import (
+    Branch,
+    ConvertedModel,
+    DrawSeed,
+    MaxNewTokens,
+    PromptFile,
+    Quiet,
+    Reading,
+    StateFile,
+    Temperature,
+    TextAsJson,
+    TopP,
+)
 from equipoise.commands.output import progress, quieten, results, say, say_json
 
 if TYPE_CHECKING:
@@ -29,13 +42,10 @@ state_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a converted model, or Hub name.")]
-_State = Annotated[Path, typer.Argument(metavar="STATE", help="File that `state save` wrote.")]
-
 
 @state_app.command("save")
 def save_command(
-    model: _Model,
+    model: ConvertedModel,
     output: Annotated[
         Path,
         typer.Option(
@@ -48,13 +58,8 @@ def save_command(
         str | None, typer.Option("--file", metavar="FILE", help="The text, UTF-8; - for stdin.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help="The text itself.")] = None,
-    branch: Annotated[
-        str, typer.Option("--branch", metavar="STATE", help="Branch state to read in: both, window, …")
-    ] = "both",
-    reading: Annotated[
-        Literal["literal", "renormalised"],
-        typer.Option("--reading", help="One branch alone: at its weight in the hybrid, or at weight 1."),
-    ] = "renormalised",
+    branch: Branch = "both",
+    reading: Reading = "renormalised",
     after: Annotated[
         Path | None,
         typer.Option("--after", metavar="STATE", help="Go on from this state, in its branch state."),
@@ -99,7 +104,8 @@ def save_command(
 
 @state_app.command("show")
 def show_command(
-    state: _State, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+    state: StateFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a state file holds: which model read how many tokens, in which branch state.
 
@@ -114,24 +120,16 @@ def show_command(
 
 @state_app.command("continue")
 def continue_command(
-    model: _Model,
-    state: _State,
+    model: ConvertedModel,
+    state: StateFile,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What follows the text.")] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt there; - for stdin.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Stop after so many.")
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", metavar="P", min=0, max=1, help="Draw from this share of probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the draws.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on stderr.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text and figures as JSON.")] = False,
+    prompt_file: PromptFile = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: DrawSeed = 0,
+    quiet: Quiet = False,
+    as_json: TextAsJson = False,
 ) -> None:
     """Stream what follows a saved text and a prompt to stdout; only the prompt is read.
 

@@ -11,6 +11,7 @@ import typer
 
 from equipoise.commands.demo import parse_seeds
 from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
+from equipoise.commands.options import TrainingData
 from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
 
@@ -33,9 +34,7 @@ def sweep_command(
     donor: Annotated[
         str, typer.Option("--donor", metavar="DONOR", help="Directory, Hub name, or the demo's donor.")
     ] = DEMO,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="Text to train on, as for convert.")
-    ] = None,
+    data: TrainingData = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N[,N…]", help="One conversion per row and seed.")
     ] = None,
