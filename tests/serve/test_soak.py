@@ -166,10 +166,15 @@ async def streams(process: Process, count: int, seconds: float) -> tuple[Tally, 
     return tally, float(rate)
 
 
+def alone(process: Process) -> float:
+    """Tokens a second of one stream."""
+    return asyncio.run(streams(process, 1, max(5.0, SECONDS / 24)))[1]
+
+
 def test_64_streams(process: Process, capsys: pytest.CaptureFixture[str]) -> None:
     """No request is lost, memory is flat, and 64 streams are many times as fast as one."""
     asyncio.run(streams(process, STREAMS, 5))  # warm: allocators, pools, kernels
-    _, alone = asyncio.run(streams(process, 1, max(5.0, SECONDS / 12)))
+    before = alone(process)
     memory = list[int]()
     ended = threading.Event()
 
@@ -182,18 +187,19 @@ def test_64_streams(process: Process, capsys: pytest.CaptureFixture[str]) -> Non
     tally, together = asyncio.run(streams(process, STREAMS, SECONDS))
     ended.set()
     watcher.join()
+    one = (before + alone(process)) / 2  # the machine may be busier at one end than at the other
     half = len(memory) // 2
     growth = max(memory[half:]) - max(memory[:half])
     with capsys.disabled():
         print(
             f"\n{SECONDS:.0f}s: {tally.finished} requests finished, {tally.left} left by their clients, "
-            f"{len(tally.wrong)} wrong; {together:,.0f} tokens/s against {alone:,.0f} alone "
-            f"({together / alone:.1f}x); {max(memory) / 2**20:,.0f} MiB, growth {growth / 2**20:+.1f} MiB"
+            f"{len(tally.wrong)} wrong; {together:,.0f} tokens/s against {one:,.0f} alone "
+            f"({together / one:.1f}x); {max(memory) / 2**20:,.0f} MiB, growth {growth / 2**20:+.1f} MiB"
         )
     assert not tally.wrong
     assert tally.finished >= STREAMS
     assert growth < GROWTH
-    assert together >= SPEED_UP * alone
+    assert together >= SPEED_UP * one
     assert process.running.poll() is None
 
 
