@@ -28,6 +28,7 @@ from equipoise import __version__
 from equipoise.data.packing import collate, pack_documents
 from equipoise.data.sources import load_documents
 from equipoise.data.token_cache import default_cache_dir
+from equipoise.files import move_directory
 from equipoise.train.progress import ProgressReport
 
 CONTEXT = 256
@@ -66,7 +67,7 @@ def cached_donor(settings: DonorSettings, console: Console) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    staging.replace(place)
+    move_directory(staging, place)
     return place
 
 

@@ -40,6 +40,7 @@ from equipoise.demo_donor import DonorSettings, MuonAndAdamW, cached_donor
 from equipoise.evaluate.recall_examples import spread
 from equipoise.evaluate.recall_tasks import PAIR, Draw, RecallSettings
 from equipoise.evaluate.recall_text import Haystack, Ids, insert
+from equipoise.files import move_directory
 from equipoise.models.load import load_tokenizer
 from equipoise.train.progress import ProgressReport
 
@@ -246,7 +247,7 @@ def recall_donor(settings: RecallDonorSettings, console: Console) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     texts.tokenizer.save_pretrained(staging)
-    staging.replace(place)
+    move_directory(staging, place)
     return place
 
 

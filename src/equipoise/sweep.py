@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +33,9 @@ from equipoise.config import ConfigError, RunConfig
 from equipoise.data.packing import EvaluationWindow, evaluation_windows
 from equipoise.data.sources import absolute_source, load_documents
 from equipoise.demo_donor import DonorSettings, cached_donor
+from equipoise.files import write_text
 from equipoise.models.load import load_config, load_model, load_tokenizer
-from equipoise.models.storage import describe_donor, write_atomically
+from equipoise.models.storage import describe_donor
 from equipoise.statistics import ScoreTable
 from equipoise.sweep_plan import DEMO, Cell, SweepConfig
 from equipoise.train.convert import convert
@@ -375,11 +375,7 @@ def _duration(seconds: float) -> str:
 
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, partial(_write_text, text=text))
-
-
-def _write_text(path: Path, *, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 __all__ = ["SweepDonor", "SweepError", "SweepResult", "run_sweep", "settings_of", "state_of"]

@@ -47,7 +47,7 @@ def test_every_recipe_converts_and_loads_again(
     monkeypatch.setattr(module, "save", save_and_keep)
     run, out = small(name), tmp_path / "out"
     record = convert(donor, run, out, seed=3, console=quiet())
-    expected = {"run.json", "tokenizer.json", "tokenizer_config.json"}
+    expected = {"run.json", "manifest.json", "tokenizer.json", "tokenizer_config.json"}
     if run.hybrid is None:
         expected |= {"adapter_config.json", "adapter_model.safetensors"}
     else:
@@ -173,7 +173,7 @@ class TestFailure:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "write_atomically", fail)
+            patch.setattr(module, "write_text", fail)
             patch.setattr(module, "check_start", lambda *args: None)
             with pytest.raises(OSError, match="No space"):
                 convert(donor, small("zero-shot"), out, console=quiet())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from equipoise.data.sources import DataError
+from equipoise.files import write_manifest
 from equipoise.layers.interface import mixers_of
 from equipoise.models.storage import CheckpointError
 from equipoise.train.stage_files import FINISHED, TRAINED, StageResult, finished_result, latest_checkpoint
@@ -136,6 +137,7 @@ class TestResume:
         assert 0 < state["stateful_callbacks"]["StageClock"]["args"]["before"] < 60
         state["stateful_callbacks"]["StageClock"]["args"]["before"] = 1000.0
         place.write_text(json.dumps(state))
+        write_manifest(place.parent)
         assert 1000 < run_stage(run, hybrid(run), rows, tmp_path, resume=True).seconds < 1060
 
     def test_settings_that_do_not_fit(self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path) -> None:

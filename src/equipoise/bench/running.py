@@ -20,7 +20,7 @@ from equipoise.bench.page import bar_table, figure, plotted, to_page
 from equipoise.bench.peers import OURS, PEERS
 from equipoise.bench.results import Row, Run, to_data
 from equipoise.bench.setting import BenchSetting, Theme
-from equipoise.models.storage import write_atomically
+from equipoise.files import write_text
 from equipoise.ops.native_step import NATIVE
 from equipoise.pages import Page, Text, write_results
 from equipoise.registry import unknown_name
@@ -196,7 +196,7 @@ def write(done: Run, output: Path) -> dict[str, Path]:
         if plotted(done, measure):
             name = done.name if len(done.measures) == 1 else f"{done.name}_{measure}"
             svg = figure(done, measure).svg
-            write_atomically(output / f"{name}.svg", partial(_write, text=svg))
+            write_text(output / f"{name}.svg", svg + "\n")
     return paths
 
 
@@ -234,7 +234,3 @@ def in_short(outcomes: Sequence[Outcome]) -> str:
     met = sum(one.met is True for one in outcomes)
     missed = [one.bar.what for one in outcomes if not one.met]
     return f"{met} of {len(outcomes)} bars met" + (f"; not: {'; '.join(missed)}." if missed else ".")
-
-
-def _write(path: Path, *, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -37,8 +37,8 @@ def card_command(
     if output is None and not local:
         raise UsageError(f"{model}: expected a local directory, or --output FILE for a Hub model's card.")
     quieten()
+    from equipoise.files import write_text
     from equipoise.models.card import CARD
-    from equipoise.models.storage import write_atomically
     from equipoise.sharing.card import gather, write_card
 
     target = output or Path(model) / CARD
@@ -49,7 +49,7 @@ def card_command(
     content = str(write_card(sources, place))
     with told_when_full(target, "No card was written."):
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, lambda path: path.write_text(content, encoding="utf-8"))
+        write_text(target, content)
     if as_json:
         say_json({
             "card": str(target), "audited": sources.run is not None, "recorded": sources.note is not None,

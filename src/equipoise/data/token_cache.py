@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
+
+from equipoise.files import write_atomically
 
 _LOG = logging.getLogger(__name__)
 _CACHE_VERSION = 1  # raise it when tokens, packing order or the file's form change
@@ -106,16 +107,9 @@ def read_stream(path: Path) -> TokenStream | None:
 def write_stream(path: Path, stream: TokenStream) -> None:
     """Write a stream in one step: readers and other writers see all of it or nothing."""
     arrays = {"tokens": stream.tokens, "trained": stream.trained, "starts": stream.starts}
-    temporary: str | None = None
+    metadata = {"checksum": _checksum(arrays)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        save_file(arrays, temporary, metadata={"checksum": _checksum(arrays)})
-        os.replace(temporary, path)
-        temporary = None
+        write_atomically(path, lambda p: save_file(arrays, p, metadata=metadata))
     except (OSError, SafetensorError) as error:  # a cache is a convenience: a full disk is no end
         _LOG.warning("tokens are not cached: cannot write %s: %s", path, error)
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -7,14 +7,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from equipoise.files import write_text
 from equipoise.models.load import ADAPTERS, load_config
-from equipoise.models.storage import fingerprint, write_atomically
+from equipoise.models.storage import fingerprint
 from equipoise.statistics import Floats
 
 FORMAT = 1
@@ -103,7 +103,7 @@ def store(path: Path, key: str, settings: Mapping[str, Any], scores: StateScores
     data = {"format": FORMAT, "key": key, "settings": settings, **asdict(scores)}
     text = json.dumps(data, default=_plain, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(_write, text=text))
+    write_text(path, text)
 
 
 def stored(path: Path, key: str) -> StateScores | None:
@@ -137,7 +137,3 @@ def _task(data: Mapping[str, Any]) -> TaskScores:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
-
-
-def _write(path: Path, *, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from equipoise.files import write_atomically
 from equipoise.models.storage import load_tensors
 
 ADAPTER = "default"
@@ -94,7 +95,8 @@ def save_lora(model: nn.Module, directory: Path) -> None:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path))
     _config_of(model).save_pretrained(str(directory))
 
 

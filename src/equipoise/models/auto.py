@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from equipoise._register import PREFIX
 from equipoise.config import HybridConfig, parse
+from equipoise.files import write_atomically
 from equipoise.layers.interface import ATTENTION, mixers_of
 from equipoise.models import adapters, storage
 from equipoise.models.families import ConversionError
@@ -118,7 +119,7 @@ class HybridModel(HybridGeneration):
         if self.generation_config is not None:
             self.generation_config.save_pretrained(directory)
         weights = {name: tensor.contiguous() for name, tensor in base.items() if ".hybrid." in name}
-        storage.write_atomically(directory / storage.MIXERS, lambda p: save_file(weights, p))
+        write_atomically(directory / storage.MIXERS, lambda p: save_file(weights, p))
 
     def push_to_hub(
         self,

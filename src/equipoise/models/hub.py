@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from equipoise.files import write_text
 from equipoise.models.card import CARD, public_name, unmeasured_card
 from equipoise.models.families import ConversionError
-from equipoise.models.storage import write_atomically
 
 
 def push(
@@ -63,4 +63,4 @@ def _take_out_paths(path: Path) -> None:
     if donor is not None:
         donor["name"] = public_name(donor["name"])
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+        write_text(path, text)

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from equipoise.files import write_atomically
 from equipoise.layers.cache import HybridCache, HybridCacheLayer
 from equipoise.layers.mixer import AttentionMode
 from equipoise.models.branches import converted_mixers
 from equipoise.models.reading import PromptState, current_mode, model_digest, update_digest
-from equipoise.models.storage import write_atomically
 from equipoise.ops import AttentionState, Branches
 
 SUFFIX = ".safetensors"

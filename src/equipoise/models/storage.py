@@ -1,11 +1,8 @@
-"""Files of a checkpoint: written atomically, checked when read, the donor found and recognised."""
+"""Files of a checkpoint: checked when read, the donor found and recognised."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
+from equipoise.files import write_atomically as write_atomically
+
 MIXERS = "hybrid.safetensors"
 """Feature maps and gates in a delta checkpoint."""
 _HEAD, _SAMPLES, _SAMPLE = 1 << 20, 256, 1 << 12
@@ -23,22 +22,6 @@ _HEAD, _SAMPLES, _SAMPLE = 1 << 20, 256, 1 << 12
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message says what is wrong and what to do."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file beside ``path`` and move it there only when it is complete.
-
-    Readers see the old file or the new one, never a part. The temporary file lies in the same directory,
-    since only a rename within one file system is atomic; ``write`` creates it, so the umask holds.
-    """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fingerprint(directory: Path) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equipoise.models.storage import write_atomically
+from equipoise.files import write_text
 from equipoise.pages.content import Cards, Figure, Figures, Page, Table, Terms, Text
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     paths = {suffix: folder / f"{name}.{suffix}" for suffix in texts}
     for suffix, text in texts.items():
-        write_atomically(paths[suffix], partial(_write_text, text=text))
+        write_text(paths[suffix], text)
     return paths
 
 
@@ -97,10 +97,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
-
-
-def _write_text(path: Path, *, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _asset(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,15 +17,15 @@ from equipoise import __version__
 from equipoise.config import ConfigError, DataConfig, HybridConfig, RunConfig
 from equipoise.data.packing import PackedDataset, check_tokenizer, pack_documents
 from equipoise.data.sources import absolute_source, load_documents
+from equipoise.files import make_directory, write_text
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
 from equipoise.models.branches import branches
 from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
-from equipoise.models.storage import write_atomically
 from equipoise.models.surgery import hybridize
-from equipoise.train.ending import ended_by_sigterm
-from equipoise.train.outputs import RUN, START, WORK, claimed, staged
+from equipoise.train.ending import ended_by_sigterm, only_run
+from equipoise.train.outputs import RUN, START, WORK, claimed, clean_up, left_behind, staged
 from equipoise.train.progress import reported
 from equipoise.train.reporting import LOGS, check_reporter, reporting
 from equipoise.train.stage_files import StageResult, finished_result, latest_checkpoint
@@ -138,6 +137,8 @@ def convert(
     output = Path(output)
     check_reporter(run.report_to)
     check_watched(run, watchers)
+    if resume and left_behind(output):
+        return _completed(output, run, donor, seed)
     with claimed(output, resume=resume), ended_by_sigterm() as ending:
         check_start(output / WORK, run, donor, seed)
         return _convert(donor, run, output, seed, resume, console, trust_remote_code, watchers, ending)
@@ -184,7 +185,16 @@ def _convert(
         stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
     )  # fmt: skip
     save(model, tokenizer, record, output, donor=donor)
-    shutil.rmtree(output / WORK, ignore_errors=True)
+    clean_up(output)
+    return record
+
+
+def _completed(output: Path, run: RunConfig, donor: str, seed: int) -> RunRecord:
+    """The record of a run that was killed when its result was in place, but not its checkpoints out of it."""
+    with only_run(output):
+        _check_start(output / WORK, run, donor, seed)
+        record = RunRecord(**json.loads((output / RUN).read_text(encoding="utf-8")))
+        clean_up(output)
     return record
 
 
@@ -197,10 +207,16 @@ def check_start(work: Path, run: RunConfig, donor: str, seed: int, **more: Any) 
     started = {"donor": donor, "seed": seed, **more, **run.model_dump(mode="json")}
     place = work / START
     if not place.is_file():
-        work.mkdir(exist_ok=True)
-        write_atomically(place, lambda path: path.write_text(json.dumps(started, indent=2), encoding="utf-8"))
+        make_directory(work)
+        write_text(place, json.dumps(started, indent=2))
         return
-    before: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        before: dict[str, Any] = dict(json.loads(place.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{place}: what the run was started with cannot be read ({error}), so it cannot be resumed with "
+            "the same. Put the file back, or start anew in another --output."
+        ) from None
     changed = _differences(before, started)
     if changed:
         raise ConfigError(
@@ -319,5 +335,4 @@ def save(
             adapters.save_adapter_checkpoint(model, staging, donor)
         else:
             model.save_pretrained(staging, delta=record.settings["checkpoint"] == "delta")  # pyright: ignore[reportCallIssue]
-        text = json.dumps(asdict(record), indent=2)
-        write_atomically(staging / RUN, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(staging / RUN, json.dumps(asdict(record), indent=2))

@@ -9,6 +9,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from equipoise.config import ConfigError
+from equipoise.files import (
+    MANIFEST,
+    make_directory,
+    remove_directory,
+    remove_leftovers,
+    sync,
+    sync_tree,
+    write_manifest,
+)
 from equipoise.train.ending import LOCK, only_run
 from equipoise.train.reporting import LOGS
 
@@ -19,6 +28,9 @@ WORK = "training"
 START = "start.json"
 """In the work folder: what the run was started with, so that it is not resumed with something else."""
 STAGING = ".staging"
+_PROBE = ".write-test"
+_LAST = ("config.json", MANIFEST, RUN)
+"""Moved into an output last, in this order, each when what came before is on the disk."""
 
 
 class OutputError(ConfigError):
@@ -44,7 +56,7 @@ def claimed(output: Path, *, resume: bool = False, shared: bool = False) -> Gene
                 yield
             except BaseException:
                 shutil.rmtree(output / STAGING, ignore_errors=True)
-                if not shared and not any((output / WORK).glob("*/checkpoint-*")):
+                if not shared and not _worth_keeping(output):
                     shutil.rmtree(output / WORK, ignore_errors=True)
                     shutil.rmtree(output / LOGS, ignore_errors=True)
                 raise
@@ -62,8 +74,8 @@ def prepare_output(output: Path, *, resume: bool = False, shared: bool = False) 
     """
     check_output(output, resume=resume, shared=shared)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".write-test"
+        make_directory(output)
+        probe = output / _PROBE
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -88,7 +100,7 @@ def check_output(output: Path, *, resume: bool = False, shared: bool = False) ->
     if resume and (output / RUN).is_file():
         raise OutputError(f"{output}: this run is finished (it has a {RUN}); there is nothing to resume.")
     started = (output / WORK / START).is_file()
-    found = output.is_dir() and any(path.name != LOCK for path in output.iterdir())
+    found = output.is_dir() and not all(_is_nothing(path) for path in output.iterdir())
     if found and not shared and not (resume and started):
         hint = " A killed run goes on with --resume." if started else ""
         hint = " There is no run to resume in it." if resume else hint
@@ -97,14 +109,50 @@ def check_output(output: Path, *, resume: bool = False, shared: bool = False) ->
 
 @contextmanager
 def staged(output: Path) -> Generator[Path]:
-    """A folder inside ``output`` to fill; at the end its files move out, config.json and `run.json` last."""
+    """A folder inside ``output`` to fill; at the end its files move out, config.json and `run.json` last.
+
+    All are on the disk before the first moves, with a manifest of their hashes.
+    """
     staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
-    for path in sorted(staging.iterdir(), key=lambda p: (p.name == RUN, p.name == "config.json", p.name)):
+    write_manifest(staging)
+    sync_tree(staging)
+    order = sorted(staging.iterdir(), key=lambda p: (_LAST.index(p.name) if p.name in _LAST else -1, p.name))
+    for path in order:
         target = output / path.name
+        if path.name in _LAST:
+            sync(output)
         if target.is_dir():
-            shutil.rmtree(target)
+            remove_directory(target)
         os.replace(path, target)
     staging.rmdir()
+    remove_leftovers(output)
+    sync(output)
+
+
+def left_behind(output: Path) -> bool:
+    """Whether a run that is finished was killed before it had cleaned up."""
+    return (output / RUN).is_file() and (output / WORK).is_dir()
+
+
+def clean_up(output: Path) -> None:
+    """Remove what a finished run needs no more."""
+    shutil.rmtree(output / STAGING, ignore_errors=True)
+    remove_leftovers(output)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+
+
+def _is_nothing(path: Path) -> bool:
+    """What a run that was killed before it began can leave."""
+    if path.name == WORK and path.is_dir():
+        return not (path / START).is_file() and not any(path.glob("*/checkpoint-*"))
+    return path.name in (LOCK, _PROBE)
+
+
+def _worth_keeping(output: Path) -> bool:
+    """Whether a run that failed has something to go on from, or has begun to move its model in place."""
+    own = (WORK, LOGS, LOCK, STAGING, _PROBE)
+    moved = any(path.name not in own for path in output.iterdir())
+    return moved or any(any((output / WORK).glob(name)) for name in ("*/checkpoint-*", "*/finished.json"))

@@ -22,7 +22,7 @@ from equipoise.ops import Branches
 from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
 from equipoise.train.probe import BranchProbe
 from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
-from equipoise.train.stage_files import StageResult, clear, finished_result, latest_checkpoint
+from equipoise.train.stage_files import StageResult, clear, finished_result, latest_checkpoint, step_of
 from equipoise.train.trainer import StageTrainer, TrainingDiverged, training_arguments
 from equipoise.train.watching import Attribution, Watcher
 
@@ -275,13 +275,15 @@ def _recomputing(model: Any) -> Generator[None]:
 def run_stage(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
     """Train from the start, from a checkpoint, or not at all where the stage is done; then freeze all."""
     try:
-        done = finished_result(directory) if resume else None
+        done = finished_result(directory, tell=True) if resume else None
         if done is not None:
             trainer.restore(directory)
             return done
         if not resume:
             clear(directory)
-        checkpoint = latest_checkpoint(directory) if resume else None
+        checkpoint = latest_checkpoint(directory, tell=True) if resume else None
+        if checkpoint is not None:
+            trainer.whole.append(step_of(checkpoint))
         # a resumed stage has looked at its start already
         trainer.args.eval_on_start = bool(trainer.watchers) and checkpoint is None
         try:

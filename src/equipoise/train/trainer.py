@@ -19,12 +19,23 @@ from transformers.trainer_utils import EvalLoopOutput
 from equipoise.config import LOSS, EarlyStopping, RunConfig, Schedule
 from equipoise.data.packing import collate
 from equipoise.data.sources import DataError
+from equipoise.files import write_atomically
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
-from equipoise.models.storage import CheckpointError, load_tensors, write_atomically
+from equipoise.models.storage import CheckpointError, load_tensors
 from equipoise.train.continuity import StageClock, UnloggedLoss
 from equipoise.train.probe import BranchProbe
-from equipoise.train.stage_files import TRAINED, StageResult, write_finished
+from equipoise.train.stage_files import (
+    SAVING,
+    STATE,
+    TRAINED,
+    StageResult,
+    begin_checkpoint,
+    checkpoint_at,
+    checkpoint_damage,
+    commit_checkpoint,
+    write_finished,
+)
 from equipoise.train.stopping import StoppingRule
 from equipoise.train.watching import PREFIX, Watcher, untouched
 
@@ -62,7 +73,7 @@ def training_arguments(
         remove_unused_columns=False, label_names=["labels"],
         logging_strategy="steps", logging_steps=10, logging_nan_inf_filter=False,
         logging_first_step=True, report_to=[], disable_tqdm=True, save_strategy="steps",
-        save_steps=eval_steps if chooses and eval_steps else stage.save_every, save_total_limit=2,
+        save_steps=eval_steps if chooses and eval_steps else stage.save_every,
         restore_callback_states_from_checkpoint=True, dataloader_pin_memory=torch.cuda.is_available(),
         run_name=f"{run.name}-{directory.name}",
         **evaluation,
@@ -118,7 +129,9 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.branch_metrics: dict[str, float] = {}
         self._micro_step, self._micro_of = 0, -1
-        self._was_over = self._is_resumed = False
+        self._was_over = self._is_resumed = self._is_saving = False
+        self.whole: list[int] = []
+        """Steps of checkpoints known to be whole: the one resumed from, and those written since."""
 
     def _callback(self, kind: type[Own]) -> Own | None:
         """A callback of our own; Trainer restores those from a checkpoint as other objects."""
@@ -176,7 +189,29 @@ class StageTrainer(Trainer):
         unlogged = self._callback(UnloggedLoss)
         if unlogged is not None:
             unlogged.total, unlogged.since = float(self._tr_loss), self._globalstep_last_logged
-        super()._save_checkpoint(*args, **kwargs)
+        directory, state = Path(str(self.args.output_dir)), self.state
+        if self.args.should_save:
+            begin_checkpoint(directory)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._is_saving = False
+        best = state.best_global_step
+        if best:  # Trainer noted where it was filled
+            state.best_model_checkpoint = str(checkpoint_at(directory, best))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            state.save_to_json(str(checkpoint_at(directory / SAVING, state.global_step) / STATE))
+            commit_checkpoint(directory, state.global_step, [*self.whole[-1:], best])
+        self.whole.append(state.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        """Where Trainer writes: checkpoints go where they are filled first."""
+        directory = Path(str(self.args.output_dir))
+        return str(directory / SAVING if self._is_saving else directory)
 
     def check_finite(self, value: Tensor, what: str) -> None:
         """Stop before the optimiser takes in a gradient that is not finite.
@@ -198,8 +233,8 @@ class StageTrainer(Trainer):
         weights = [p for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
         if step == 0 or not all(bool(p.isfinite().all()) for p in weights):
             return " No weights of this stage are worth keeping."
-        directory = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        if not (directory / TRAINED).is_file():
+        directory = checkpoint_at(Path(str(self.args.output_dir)), step)
+        if step not in self.whole:
             self._save_checkpoint(cast(nn.Module, self.model), trial=None)
         return f" The weights of step {step} are in {directory}."
 
@@ -298,8 +333,17 @@ class StageTrainer(Trainer):
         self._load_from_checkpoint(str(directory))
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self.state.best_global_step
+        if not best:
+            return
+        place = checkpoint_at(Path(str(self.args.output_dir)), best)
+        fault = checkpoint_damage(place)
+        if fault is not None:
+            raise CheckpointError(
+                f"{place}, the best weights of {self.stage_name}, is damaged: {fault}. The same command with "
+                "--resume goes on from the last checkpoint before it, or trains the stage again."
+            )
+        self._load_from_checkpoint(str(place))
 
 
 class _Probing:
