@@ -192,7 +192,7 @@ def _convert(
 def _completed(output: Path, run: RunConfig, donor: str, seed: int) -> RunRecord:
     """The record of a run that was killed when its result was in place, but not its checkpoints out of it."""
     with only_run(output):
-        _check_start(output / WORK, run, donor, seed)
+        check_start(output / WORK, run, donor, seed)
         record = RunRecord(**json.loads((output / RUN).read_text(encoding="utf-8")))
         clean_up(output)
     return record
