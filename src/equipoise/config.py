@@ -44,6 +44,14 @@ class HybridConfig(Settings):
     """The first so many tokens join every window."""
     layers: Literal["global", "all"] | tuple[int, ...] = "global"
     """Layers to convert: global (those not local already), all, or a list of indices."""
+    write_gate: Literal["none", "per_token"] = "none"
+    """per_token: a key's features are scaled by exp(k . w), w learned per head, so that the state can pass
+    over what is not worth keeping."""
+    linear_heads: tuple[int, ...] | None = None
+    """Query heads that have the linear branch, and a state; the others attend to their window only. All where
+    null."""
+    per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
+    """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 
     @model_validator(mode="after")
     def _check(self) -> HybridConfig:
@@ -51,7 +59,32 @@ class HybridConfig(Settings):
             raise ValueError("window and feature_map are both null: a layer needs at least one branch")
         if self.window is None and self.sinks:
             raise ValueError("sinks join the window's softmax; with window null, sinks must be 0")
+        for index, own in self.per_layer.items():
+            whole = own.keys() & {"layers", "per_layer"}
+            if whole:
+                raise ValueError(f"per_layer.{index}: {', '.join(sorted(whole))} is of the whole model")
+            self.for_layer(index)
         return self
+
+    @model_validator(mode="after")
+    def _heads(self) -> HybridConfig:
+        if self.linear_heads is None:
+            return self
+        heads = self.linear_heads
+        if not heads or any(head < 0 for head in heads) or list(heads) != sorted(set(heads)):
+            raise ValueError(f"linear_heads must be indices of heads in order, got {list(heads)}")
+        if self.window is None or self.feature_map is None:
+            raise ValueError("linear_heads needs both branches: the other heads have a window only")
+        if self.mixing != "convex" or not self.overlap or self.map_heads != "query":
+            raise ValueError("linear_heads needs mixing convex, overlap true and map_heads query")
+        return self
+
+    def for_layer(self, index: int) -> HybridConfig:
+        """The settings that one layer has."""
+        if not self.per_layer:
+            return self
+        own = self.per_layer.get(index, {})
+        return HybridConfig(**{**self.model_dump(exclude={"per_layer"}), **own})
 
 
 class DataConfig(Settings):

@@ -155,3 +155,22 @@ class TestTransfer:
         before = donor_weights(model)
         transfer(model, run, rows, tmp_path)
         assert_same(donor_weights(model), before)
+
+
+def test_a_layer_without_a_linear_branch_has_nothing_to_learn(
+    recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
+) -> None:
+    """And the other learns what it learns where both have one; only its chosen heads have maps."""
+    whole, part = (
+        recipe(transfer=STAGE1, hybrid=own) for own in ({}, {"per_layer": {0: {"feature_map": None}}})
+    )
+    both, one = hybrid(whole), hybrid(part)
+    transfer(both, whole, rows, tmp_path / "both")
+    transfer(one, part, rows, tmp_path / "one")
+    assert set(weights(one, ".hybrid.")) == set(weights(one, "layers.1.self_attn.hybrid."))
+    assert_same(weights(one, ".hybrid."), weights(both, "layers.1.self_attn.hybrid."))
+    few = recipe(hybrid={"linear_heads": [1], "write_gate": "per_token"}, transfer=STAGE1)
+    model = hybrid(few)
+    before = weights(model, ".hybrid.")
+    transfer(model, few, rows, tmp_path / "few")
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in weights(model, ".hybrid.").items())

@@ -262,7 +262,8 @@ def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting, int 
     """SWA + sinks at equal bytes, the position beyond both reaches, why benefit cannot be tested, if so."""
     window = equal_window(model, sinks=CONTROL_SINKS)
     setting = ControlSetting(window=window, sinks=CONTROL_SINKS, state_bytes=state_bytes(model))
-    if mixers_of(model)[0].config.feature_map is None:
+    mixers = mixers_of(model)
+    if all(mixer.config.feature_map is None for mixer in mixers):
         return setting, None, "the model has no linear branch: it is SWA + sinks itself"
     if window >= context:
         return setting, None, (
@@ -272,7 +273,7 @@ def _control(model: PreTrainedModel, context: int) -> tuple[ControlSetting, int 
     if own is None or control is None:
         return setting, None, "layers left with full softmax see everything: nothing lies beyond reach"
     # Sinks are seen from everywhere, so what lies beyond reach starts after them.
-    beyond = max(own + mixers_of(model)[0].config.sinks, control + CONTROL_SINKS)
+    beyond = max(own + max(mixer.config.sinks for mixer in mixers), control + CONTROL_SINKS)
     if beyond >= context - 2:  # the last position predicts nothing
         return setting, None, (
             f"no token lies beyond both reaches (hybrid {own}, SWA + sinks at equal bytes {control}) in a "

@@ -226,6 +226,9 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
                 totals.add(f"{name}_norm", mixer.layer_idx, rows, (norms * real).sum(-1), real.sum(-1))
         if mixer.phi_q is None or mixer.phi_k is None:
             return
+        gate = torch.as_tensor(mixer.gate(inputs.q), dtype=torch.double, device=inputs.q.device)
+        gate = _of_linear_heads(mixer, gate.expand(*inputs.q.shape[:3]))
+        inputs = mixer.linear_inputs(inputs)
         phi_q, phi_k = mixer.phi_q(inputs.q.double()), _clean(mixer.phi_k(inputs.k.double()), inputs)
         _add_ranks(totals, mixer, inputs, rows, phi_k)
         mass, entropy = _zeros(inputs), _zeros(inputs)
@@ -234,20 +237,44 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
             products = _products(phi_q[:, :, queries], phi_k[:, :, : block.stop])
             alone = products * block.causal
             entropy[:, :, queries] = _entropy(alone / alone.sum(-1, keepdim=True).clamp_min(1e-300))
-            mass[:, :, queries] = _mass_outside(mixer, inputs, block, queries, products)
+            mass[:, :, queries] = _mass_outside(
+                mixer, block, _scores(inputs, queries, block.near), products, gate[:, :, queries, None]
+            )
             eligible[:, :, queries] = (block.causal & ~block.near).any(-1).double()
-        totals.add("linear_entropy", mixer.layer_idx, rows, (entropy * real).sum(-1), real.sum(-1))
+        by_head = _on_all_heads(mixer, (entropy * real).sum(-1))
+        totals.add("linear_entropy", mixer.layer_idx, rows, by_head, real.sum(-1))
         if mixer.config.window is not None:
             counted = real * eligible
             # NaN times 0 is NaN: what does not count is left out first
             kept = mass.masked_fill(counted == 0, 0)
-            totals.add("hybrid_mass_outside", mixer.layer_idx, rows, kept.sum(-1), counted.sum(-1))
+            by_head = _on_all_heads(mixer, kept.sum(-1))
+            totals.add("hybrid_mass_outside", mixer.layer_idx, rows, by_head, counted.sum(-1))
 
     return observer
 
 
+def _heads(mixer: HybridMixer) -> Sequence[int]:
+    """The query heads that have a linear branch."""
+    return range(mixer.heads) if mixer.config.linear_heads is None else mixer.config.linear_heads
+
+
+def _of_linear_heads(mixer: HybridMixer, values: Tensor) -> Tensor:
+    heads = mixer.config.linear_heads
+    return values if heads is None else values[:, list(heads)]
+
+
+def _on_all_heads(mixer: HybridMixer, values: Tensor) -> Tensor:
+    """[B, h] of the heads with a linear branch as [B, H], undefined for the others."""
+    heads = mixer.config.linear_heads
+    if heads is None:
+        return values
+    whole = values.new_full((values.shape[0], mixer.heads), torch.nan)
+    whole[:, list(heads)] = values
+    return whole
+
+
 def _mass_outside(
-    mixer: HybridMixer, inputs: LayerInputs, block: _Block, queries: slice, products: Tensor
+    mixer: HybridMixer, block: _Block, scores: Tensor, products: Tensor, gate: Tensor
 ) -> Tensor:
     """Weight of the hybrid's output on keys outside the window [B, H, C], by the layer's own mixing rule.
 
@@ -257,7 +284,6 @@ def _mass_outside(
     config = mixer.config
     far = block.causal if config.overlap or config.window is None else block.causal & ~block.near
     weights, outside = products * far, (~block.near).to(products.dtype)
-    scores = _scores(inputs, queries, block.near)
     top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     exponentials = torch.exp(scores - top).masked_fill(~block.near, 0)
     linear = Branch(
@@ -267,8 +293,6 @@ def _mass_outside(
         torch.zeros_like(linear.numerator), exponentials.sum(-1, keepdim=True),
         block.near.any(-1, keepdim=True),
     )  # fmt: skip
-    gate = torch.as_tensor(mixer.gate(inputs.q), dtype=products.dtype, device=products.device)
-    gate = gate.expand(*inputs.q.shape[:3])[:, :, queries, None]
     terms = MIXING_RULES[config.mixing](window, linear, gate)
     mass = (terms[0] + terms[1]).squeeze(-1)
     return mass.masked_fill((weights < 0).any(-1), torch.nan)
@@ -288,7 +312,7 @@ def _add_ranks(
     }
     ones = torch.ones(len(rows), 1, device=singular.device)
     for name, rank in ranks.items():
-        by_head = rank.repeat_interleave(mixer.heads // rank.shape[1], 1)
+        by_head = _on_all_heads(mixer, rank.repeat_interleave(len(_heads(mixer)) // rank.shape[1], 1))
         totals.add(name, mixer.layer_idx, rows, by_head, ones)
 
 

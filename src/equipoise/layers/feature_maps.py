@@ -140,3 +140,34 @@ class Identity(FeatureMap):
 
     def activation(self, projected: Tensor) -> Tensor:
         return projected
+
+
+class WriteGate(nn.Module):
+    """phi(k) exp(k . w), w per map: a key that matters little adds little to S and z, and so to every output.
+
+    The exponent is clamped to ±8, which features of float32 bear; w starts at 0, where nothing is gated.
+
+    Args:
+        phi: the map of keys; its parameters are this module's too.
+    """
+
+    LIMIT = 8.0
+
+    def __init__(self, phi: FeatureMap) -> None:
+        super().__init__()
+        self.phi = phi
+        self.heads, self.feature_dim = phi.heads, phi.feature_dim
+        self.write_weight = nn.Parameter(torch.zeros(phi.heads, phi.weight.shape[1]))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """The map's own start, and a gate that is open for all."""
+        self.phi.reset_parameters(generator)
+        self.write_weight.zero_()
+
+    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
+        """Map and gate a block, shapes as in `FeatureMap.forward`."""
+        groups = self.heads // x.shape[1]
+        weight = self.write_weight.to(x.dtype).view(x.shape[1], groups, -1)
+        exponent = torch.einsum("bhtd,hgd->bhgt", x, weight).flatten(1, 2)
+        return self.phi(x) * exponent.clamp(-self.LIMIT, self.LIMIT).exp()[..., None]

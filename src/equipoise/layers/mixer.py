@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from equipoise.config import HybridConfig
-from equipoise.layers.feature_maps import FEATURE_MAPS
+from equipoise.config import ConfigError, HybridConfig
+from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
+from equipoise.ops.head_subset import heads_of, subset_attention
 
 SINKS_STATE_KEYS = 8
 """Keys that the ``sinks`` ablation leaves: the first eight (arXiv 2510.05901)."""
@@ -122,10 +123,17 @@ class HybridMixer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.phi_q: nn.Module | None = None
         self.phi_k: nn.Module | None = None
+        if config.linear_heads is not None and config.linear_heads[-1] >= heads:
+            raise ConfigError(
+                f"linear_heads: expected heads between 0 and {heads - 1}, got {list(config.linear_heads)}."
+            )
         if config.feature_map is not None:
             feature_map, features = FEATURE_MAPS[config.feature_map], config.feature_multiple * head_dim
-            self.phi_q = feature_map(heads, head_dim, features)
-            self.phi_k = feature_map(heads if config.map_heads == "query" else kv_heads, head_dim, features)
+            count = heads if config.linear_heads is None else len(config.linear_heads)
+            self.phi_q = feature_map(count, head_dim, features)
+            self.phi_k = feature_map(count if config.map_heads == "query" else kv_heads, head_dim, features)
+            if config.write_gate == "per_token":
+                self.phi_k = WriteGate(self.phi_k)
         self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
         self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.gate == "per_token" else None
         self.mode = AttentionMode()
@@ -145,6 +153,11 @@ class HybridMixer(nn.Module):
             self.gate_logit.fill_(math.log(self.config.gate_value / (1 - self.config.gate_value)))
         if self.gate_weight is not None:  # every token starts at its head's weight
             self.gate_weight.zero_()
+
+    @property
+    def has_both(self) -> bool:
+        """Whether the layer has a window and a linear branch."""
+        return self.config.window is not None and self.config.feature_map is not None
 
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
         """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T]."""
@@ -184,14 +197,21 @@ class HybridMixer(nn.Module):
             reuse_state=reuse_state,
         )  # fmt: skip
 
+    def linear_inputs(self, inputs: LayerInputs) -> LayerInputs:
+        """The same of the heads that have a linear branch."""
+        if self.config.linear_heads is None:
+            return inputs
+        q, k, v = heads_of(self.config.linear_heads, inputs.q, inputs.k, inputs.v)
+        return replace(inputs, q=q, k=k, v=v)
+
     def hybrid(
         self,
         inputs: LayerInputs,
         *,
         branches: Branches | None = None,
         window: int | None = None,
-        phi_q: Tensor | None = None,
-        phi_k: Tensor | None = None,
+        phi_q: Tensor | nn.Module | None = None,
+        phi_k: Tensor | nn.Module | None = None,
         state: AttentionState | None = None,
         keep_state: bool = False,
         reuse_state: bool = True,
@@ -201,15 +221,25 @@ class HybridMixer(nn.Module):
         A flag of ``branches`` that is [1, H] holds for every row, whatever the batch: branches by head.
         """
         config = self.config
+        phi_q = self.phi_q if phi_q is None else phi_q
+        phi_k = self.phi_k if phi_k is None else phi_k
+        window = config.window if window is None else window
+        common: dict[str, Any] = {
+            "layout": config.layout, "gate": self.gate(inputs.q), "scale": inputs.scale,
+            "softcap": inputs.softcap, "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
+            "branches": _for_rows(branches, inputs.q.shape[0]), "sinks": config.sinks,
+            "initial_state": state, "output_final_state": keep_state,
+        }  # fmt: skip
+        if config.linear_heads is not None:
+            assert phi_q is not None
+            assert phi_k is not None
+            assert window is not None
+            return subset_attention(
+                inputs.q, inputs.k, inputs.v, phi_q, phi_k, heads=config.linear_heads, window=window, **common
+            )
         return hybrid_attention(
-            inputs.q, inputs.k, inputs.v,
-            self.phi_q if phi_q is None else phi_q, self.phi_k if phi_k is None else phi_k,
-            window=config.window if window is None else window, layout=config.layout, mixing=config.mixing,
-            gate=self.gate(inputs.q), overlap=config.overlap, scale=inputs.scale, softcap=inputs.softcap,
-            key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
-            branches=_for_rows(branches, inputs.q.shape[0]), sinks=config.sinks,
-            initial_state=state, output_final_state=keep_state,
-            reuse_state=reuse_state and not torch.is_grad_enabled(),
+            inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,
+            overlap=config.overlap, reuse_state=reuse_state and not torch.is_grad_enabled(), **common,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

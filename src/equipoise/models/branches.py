@@ -59,7 +59,8 @@ def branches(
 ) -> Generator[None]:
     """Run a converted model in one branch state for the time of the block.
 
-    Layers that were not converted keep their own attention. Caches belong to the state they were made in.
+    Layers that were not converted keep their own attention, and layers (or heads) that were given one branch
+    only keep it while others are ablated. Caches belong to the state they were made in.
 
     Args:
         model: a converted model, also inside wrappers.
@@ -83,12 +84,20 @@ def branches(
     before = [mixer.mode for mixer in mixers]
     with adapters_disabled(model) if state == "softmax" else nullcontext():
         try:
-            for mixer in mixers:
-                mixer.mode = mode
+            for mixer, own in zip(mixers, _modes(mixers, mode), strict=True):
+                mixer.mode = own
             yield
         finally:
             for mixer, old in zip(mixers, before, strict=True):
                 mixer.mode = old
+
+
+def _modes(mixers: list[HybridMixer], mode: AttentionMode) -> list[AttentionMode]:
+    """The mode of each layer: where some have both branches, those with one keep it in any ablation."""
+    if mode.kind != "hybrid" or not any(mixer.has_both for mixer in mixers):
+        return [mode] * len(mixers)
+    alone = AttentionMode("hybrid", window=mode.window)
+    return [mode if mixer.has_both else alone for mixer in mixers]
 
 
 def _merged(model: nn.Module) -> bool:

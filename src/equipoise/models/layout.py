@@ -159,6 +159,7 @@ def state_bytes(model: nn.Module) -> int:
         total += 2 * tokens * mixer.kv_heads * size * KV_BYTES
         if config.feature_map is not None:
             heads = mixer.heads if config.map_heads == "query" else mixer.kv_heads
+            heads = heads if config.linear_heads is None else len(config.linear_heads)
             total += heads * config.feature_multiple * size * (size + 1) * STATE_BYTES
     return total
 

@@ -118,7 +118,8 @@ def read_prompt(
 
 def current_mode(model: nn.Module) -> AttentionMode:
     """The branch state that the converted layers are in."""
-    return mixers_of(model)[0].mode
+    mixers = mixers_of(model)
+    return next((mixer for mixer in mixers if mixer.has_both), mixers[0]).mode
 
 
 def model_digest(model: nn.Module) -> str:

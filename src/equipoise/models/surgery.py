@@ -77,6 +77,11 @@ def attach(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0) -> No
     text: Any = model.config.get_text_config(decoder=True)
     modules = attention_modules(model)
     chosen = selected_layers(text, config, len(modules))
+    strangers = sorted(config.per_layer.keys() - chosen)
+    if strangers:
+        raise ConversionError(
+            f"expected layers that are converted in per_layer ({sorted(chosen)}), got {strangers}."
+        )
     for index, module in enumerate(modules):
         if index in chosen:
             module.hybrid = make_mixer(module, text, config, index, seed)
@@ -89,7 +94,8 @@ def make_mixer(module: Any, text: Any, config: HybridConfig, index: int, seed: i
     """A mixer on the layer's device: float32 whatever the donor is held in, float64 where it is that."""
     parameter = next(module.parameters())
     heads, kv_heads, size = head_sizes(text, module)
-    mixer = HybridMixer(config, heads=heads, kv_heads=kv_heads, head_dim=size, layer_idx=index)
+    own = config.for_layer(index)
+    mixer = HybridMixer(own, heads=heads, kv_heads=kv_heads, head_dim=size, layer_idx=index)
     mixer.reset_parameters(seed)
     return mixer.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 

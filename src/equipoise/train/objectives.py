@@ -38,8 +38,9 @@ class LayerTarget:
         """phi(q), phi(k), computed once for all objectives of a sum."""
         assert self.mixer.phi_q is not None
         assert self.mixer.phi_k is not None
-        dtype = accumulation_dtype(self.inputs.q.dtype)
-        return self.mixer.phi_q(self.inputs.q.to(dtype)), self.mixer.phi_k(self.inputs.k.to(dtype))
+        inputs = self.mixer.linear_inputs(self.inputs)
+        dtype = accumulation_dtype(inputs.q.dtype)
+        return self.mixer.phi_q(inputs.q.to(dtype)), self.mixer.phi_k(inputs.k.to(dtype))
 
     def hybrid(self, branches: Branches) -> Tensor:
         """The mixer's own output in a branch state [B, H, T, E]."""
@@ -62,7 +63,7 @@ OBJECTIVES: Registry[Objective] = Registry("transfer objective")
 @OBJECTIVES.register("weights")
 def weights(target: LayerTarget) -> Tensor:
     """Cross-entropy, in nats a row, from the donor's weights to linear attention's (arXiv 2402.04347)."""
-    inputs, (phi_q, phi_k) = target.inputs, target.features
+    inputs, (phi_q, phi_k) = target.mixer.linear_inputs(target.inputs), target.features
     return target.mean(
         transfer_cross_entropy(
             inputs.q, inputs.k, phi_q, phi_k, scale=inputs.scale, softcap=inputs.softcap,

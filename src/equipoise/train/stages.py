@@ -53,6 +53,8 @@ class TransferTrainer(StageTrainer):
         logs = self.logs_this_step
 
         def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
+            if mixer.phi_q is None:  # a layer that was given a window only: nothing to learn
+                return
             # autocast is for the donor: maps run in float32 in every forward pass, and so must learn in it
             with torch.enable_grad(), torch.autocast(seen.q.device.type, enabled=False):
                 loss = self.objective(LayerTarget(mixer, seen.detach(), output.detach()))
@@ -75,6 +77,8 @@ class TransferTrainer(StageTrainer):
         """Layer by layer: a layer with large gradients must not slow the others down."""
         norms: list[Tensor] = []
         for mixer in mixers_of(model):
+            if not any(True for _ in mixer.parameters()):
+                continue
             norms.append(nn.utils.clip_grad_norm_(mixer.parameters(), self.args.max_grad_norm))
             self.check_finite(norms[-1], f"gradient norm of layer {mixer.layer_idx}")
         return torch.stack(norms).square().sum().sqrt()
@@ -137,7 +141,7 @@ class FinetuneTrainer(StageTrainer):
         before = [mixer.mode for mixer in mixers]
         for mixer in mixers:
             branches = Branches()
-            if dropout is not None:
+            if dropout is not None and mixer.has_both:
                 kept = draw_window_dropout(
                     window_dropout_probability(dropout.probabilities, step, total), batch_size=batch_size,
                     heads=mixer.heads, per=dropout.per, seed=int(self.args.seed), step=step,

@@ -1,0 +1,112 @@
+"""Hybrid attention whose linear branch, and so its state, only some heads have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from equipoise.ops.hybrid import linear_attention, window_attention
+from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, Layout, accumulation_dtype
+
+_LINEAR_FIELDS = (
+    "linear_state", "linear_normalizer", "folded", "folded_segment", "pending", "pending_features",
+    "pending_values",
+)  # fmt: skip
+
+
+def heads_of(heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q of some query heads [B, h, T, D], and the keys and values that each of them reads [B, h, ...]."""
+    index = torch.tensor(heads, device=q.device)
+    shared = index // (q.shape[1] // k.shape[1])
+    return q[:, index], k[:, shared], v[:, shared]
+
+
+def subset_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B N T D"],
+    v: Float[Tensor, "B N T E"],
+    phi_q: Float[Tensor, "B h T F"] | FeatureMapLike,
+    phi_k: Float[Tensor, "B h T F"] | FeatureMapLike,
+    *,
+    heads: Sequence[int],
+    window: int,
+    layout: Layout = "sliding",
+    gate: float | Tensor = 0.5,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_mask: Bool[Tensor, "B T"] | None = None,
+    segment_ids: Int[Tensor, "B T"] | None = None,
+    branches: Branches | None = None,
+    sinks: int = 0,
+    initial_state: AttentionState | None = None,
+    output_final_state: bool = False,
+) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
+    """`hybrid_attention` with convex mixing over all keys, its linear branch in h of the H heads.
+
+    The other heads attend to their window at weight 1, whatever ``branches`` says: there is nothing to
+    compare them with. S and z of the state have h heads.
+
+    Args:
+        heads: indices of the h query heads, in order.
+        phi_q, phi_k: features, or maps, of those heads.
+
+    Other arguments, returns and errors as in `hybrid_attention`.
+    """
+    branches = branches or Branches()
+    parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1])
+    near, window_state = window_attention(
+        q, k, v, window=window, layout=layout, scale=scale, softcap=softcap, key_mask=key_mask,
+        segment_ids=segment_ids, sinks=sinks, initial_state=parts[0], output_final_state=output_final_state,
+    )  # fmt: skip
+    far, linear_state = linear_attention(
+        *heads_of(heads, q, k, v), phi_q, phi_k, key_mask=key_mask, segment_ids=segment_ids,
+        initial_state=parts[1], output_final_state=output_final_state,
+    )  # fmt: skip
+    index = torch.tensor(heads, device=q.device)
+    mixed = _mix(near[:, index], far, _of_heads(gate, q, index), branches, index)
+    out = near.index_copy(1, index, mixed.to(near.dtype))
+    if window_state is None or linear_state is None:
+        return out, None
+    held = {name: getattr(linear_state, name) for name in _LINEAR_FIELDS}
+    return out, replace(window_state, **held)
+
+
+def _of_heads(gate: float | Tensor, q: Tensor, index: Tensor) -> Tensor:
+    """The window's weight of the chosen heads, broadcastable to [B, h, T, 1]."""
+    if not isinstance(gate, Tensor):
+        gate = torch.tensor(gate, dtype=accumulation_dtype(q.dtype), device=q.device)
+    whole = gate.expand(*q.shape[:3])
+    return whole[:, index, :, None]
+
+
+def _flag(flag: bool | Tensor, like: Tensor, index: Tensor) -> Tensor:
+    """Whether a branch runs, broadcastable to [B, h, T, E]."""
+    on = torch.as_tensor(flag, device=like.device)
+    if on.ndim == 2:
+        on = on[:, index]
+    return on.view(*on.shape, *[1] * (4 - on.ndim))
+
+
+def _mix(near: Tensor, far: Tensor, gate: Tensor, branches: Branches, index: Tensor) -> Tensor:
+    window, linear = (_flag(flag, near, index) for flag in (branches.window, branches.linear))
+    share = gate
+    if branches.reading == "renormalised":
+        share = torch.where(window & ~linear, 1.0, torch.where(linear & ~window, 0.0, gate))
+    return share * near * window + (1 - share) * far * linear
+
+
+def _split(state: AttentionState, heads: Sequence[int], total: int) -> tuple[AttentionState, AttentionState]:
+    """One state as the window's and linear attention's: the latter looks back on one token only."""
+    window = replace(state, **dict.fromkeys(_LINEAR_FIELDS))
+    index = torch.tensor(heads, device=state.keys.device) // (total // state.keys.shape[1])
+    last = slice(-1, None)
+    linear = AttentionState(
+        keys=state.keys[:, index, last], values=state.values[:, index, last], valid=state.valid[:, last],
+        segments=None if state.segments is None else state.segments[:, last],
+        **{name: getattr(state, name) for name in _LINEAR_FIELDS},
+    )  # fmt: skip
+    return window, linear

@@ -1,0 +1,144 @@
+"""Layers with settings of their own, heads without a linear branch, gated writing: through a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
+from equipoise.audit.measures import measure
+from equipoise.config import ConfigError
+from equipoise.data.packing import EvaluationWindow
+from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate
+from equipoise.layers.interface import mixers_of
+from equipoise.models.families import ConversionError
+from support import normal, random_tokens, tiny_model
+
+SETTINGS: dict[str, Any] = {
+    "window": 6, "gate": "per_token", "write_gate": "per_token",
+    "per_layer": {0: {"window": 4, "sinks": 2, "feature_map": None}, 1: {"linear_heads": (1, 3)}},
+}  # fmt: skip
+TOKENS = random_tokens(2, 40)
+
+
+def converted(dtype: torch.dtype = torch.float64, **more: Any) -> Any:
+    model = hybridize(tiny_model(dtype=dtype), HybridConfig(**{**SETTINGS, **more}))
+    for mixer in mixers_of(model):
+        for index, parameter in enumerate(mixer.parameters()):
+            parameter.data += 0.1 * normal(*parameter.shape, seed=index).to(parameter.dtype)
+    return model
+
+
+def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def test_layers_differ_as_told() -> None:
+    first, second, *_ = mixers_of(converted())
+    assert (first.config.window, first.config.sinks, first.phi_q) == (4, 2, None)
+    assert not first.has_both
+    assert second.config.window == 6
+    assert second.phi_q is not None
+    assert second.phi_q.weight.shape[0] == 2  # maps of two heads only
+    assert reach(converted()) == 3 + 5
+
+
+def test_it_survives_saving(tmp_path: Path) -> None:
+    model = converted(torch.float32)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(model), logits(again))
+    assert again.config.equipoise == model.config.equipoise
+
+
+@pytest.mark.parametrize("state", ["both", "linear", "window"])
+def test_decoding_gives_what_one_pass_gives(state: str) -> None:
+    model = converted()
+    with branches(model, state, reading="renormalised"), torch.no_grad():
+        cache, parts = model.make_cache(), list[Tensor]()
+        for start, stop in ((0, 17), (17, 18), (18, 40)):
+            parts.append(model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat(parts, 1), logits(model), rtol=1e-8, atol=1e-9)
+
+
+def test_state_bytes_are_those_of_the_cache() -> None:
+    """Beside masks and positions, and one token less of the window than is counted."""
+    model = converted(torch.float32)
+    with torch.no_grad():
+        cache = model(TOKENS[:1], use_cache=True).past_key_values
+    second = cache.layers[1].state
+    heads, features, size = 2, 2 * 8, 8
+    assert second.linear_state.shape == (1, heads, features, size)
+    whole = state_bytes(converted(torch.float32, per_layer={0: SETTINGS["per_layer"][0]}))
+    assert whole - state_bytes(model) == 2 * features * (size + 1) * 4
+
+
+def test_ablations_leave_what_has_no_alternative() -> None:
+    model = converted()
+    with branches(model, "linear", reading="renormalised"):
+        first, second = (mixer.mode for mixer in mixers_of(model))
+        assert (first.branches.window, first.branches.linear) == (True, True)
+        assert (second.branches.window, second.branches.linear) == (False, True)
+        assert (logits(model) - logits(converted())).abs().max() > 1e-3
+    both = logits(model)
+    with branches(model, "window", reading="renormalised"):
+        assert (logits(model) - both).abs().max() > 1e-3
+
+
+def test_measures_are_undefined_where_there_is_no_linear_branch() -> None:
+    windows = [
+        EvaluationWindow(document=i, start=0, input_ids=row, labels=row) for i, row in enumerate(TOKENS)
+    ]
+    found, _ = measure(converted(), windows, resamples=20)
+    by_name = {one.name: one for one in found}
+    entropy = by_name["linear_entropy"]
+    known = [[estimate.value == estimate.value for estimate in row] for row in entropy.values]
+    assert known == [[False] * 4, [False, True, False, True]]
+
+
+def test_the_gate_starts_open_and_scales_what_is_written() -> None:
+    phi = FEATURE_MAPS["hedgehog"](4, 8, 16).double()
+    phi.reset_parameters(torch.Generator().manual_seed(0))
+    gated = WriteGate(phi)
+    keys = normal(2, 2, 11, 8)
+    assert torch.equal(gated(keys), phi(keys))
+    gated.write_weight.data = normal(4, 8, seed=3)
+    factor = gated(keys) / phi(keys)
+    expected = (keys.repeat_interleave(2, 1) * gated.write_weight[:, None]).sum(-1).clamp(-8, 8).exp()
+    torch.testing.assert_close(factor, expected[..., None].expand_as(factor))
+    torch.testing.assert_close(
+        gated(100 * keys).max() / phi(100 * keys).max(),
+        torch.e**8 * torch.ones(()).double(),
+        rtol=0.5,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"per_layer": {0: {"layers": "all"}}}, "layers is of the whole model"),
+        ({"per_layer": {0: {"windw": 3}}}, "windw"),
+        ({"per_layer": {0: {"window": None, "feature_map": None}}}, "at least one branch"),
+        ({"linear_heads": (2, 1)}, "in order"),
+        ({"linear_heads": ()}, "in order"),
+        ({"linear_heads": (0,), "mixing": "shared"}, "mixing convex"),
+        ({"linear_heads": (0,), "window": None}, "needs both branches"),
+    ],
+)
+def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        HybridConfig(**wrong)
+
+
+def test_layers_and_heads_that_are_not_there() -> None:
+    with pytest.raises(ConversionError, match=r"per_layer \(\[0, 1\]\), got \[5\]"):
+        hybridize(tiny_model(), HybridConfig(per_layer={5: {"window": 3}}))
+    with pytest.raises(ConfigError, match="heads between 0 and 3"):
+        hybridize(tiny_model(), HybridConfig(linear_heads=(4,)))
