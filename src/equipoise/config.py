@@ -91,7 +91,8 @@ class DataConfig(Settings):
     """Where text comes from and how it is packed."""
 
     source: str = "stdlib"
-    """A Hub data set's name, a local text or JSONL file or folder, or stdlib (Python's own sources)."""
+    """A Hub data set's name, a local text, JSONL or Parquet file, folder or pattern (`shards/*.parquet`), or
+    stdlib (Python's own sources)."""
     subset: str | None = None
     """The Hub data set's configuration."""
     text_column: str | None = None
@@ -100,6 +101,14 @@ class DataConfig(Settings):
     """Tokens per packed row."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Stop reading after so many tokens."""
+    separate_documents: bool = True
+    """Whether documents packed into one row are kept apart: no attention or state crosses from one to the
+    next, and positions begin again."""
+    streaming: bool = False
+    """Read, tokenise and pack while training instead of before it: memory and start do not depend on the size
+    of the data. Needs max_tokens, or max_steps of each stage."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Documents shuffled together where streaming; shards are shuffled whole."""
 
 
 class WindowDropout(Settings):
@@ -281,6 +290,12 @@ class RunConfig(Settings):
             raise ValueError("transfer trains feature maps; it needs a hybrid with a linear branch")
         if self.hybrid is None and self.watch is not None and self.watch.recall is not None:
             raise ValueError("watch.recall needs a hybrid")
+        if self.data.streaming and self.data.max_tokens is None:
+            for name, stage in (("transfer", self.transfer), ("finetune", self.finetune)):
+                if stage is not None and stage.max_steps is None:
+                    raise ValueError(
+                        f"data.streaming reads without an end: set data.max_tokens, or {name}.max_steps"
+                    )
         tuned = self.finetune
         if tuned is None:
             return self

@@ -19,7 +19,7 @@ from equipoise.models.branches import branches
 from equipoise.models.load import load_model
 from equipoise.models.storage import CheckpointError
 from equipoise.train import convert as module
-from equipoise.train.convert import RunRecord, convert, prepare_data, stopping_rows
+from equipoise.train.convert import RunRecord, convert, prepare_data
 from equipoise.train.outputs import OutputError
 from equipoise.train.progress import ProgressReport
 from equipoise.train.recipes import recipe_names
@@ -104,19 +104,23 @@ def test_a_seed_fixes_the_result(donor: str, small: Any, tmp_path: Path) -> None
 
 def test_early_stopping_looks_at_training_rows(donor: str, small: Any) -> None:
     """What is reported must not choose the weights: the audit scores the held-out split."""
-    data = prepare_data(small("hedgecats").data, load_model(donor), tiny_tokenizer(), seed=0)
-    rows, stopping = stopping_rows(data.rows, small("hedgecats"))
-    assert stopping is not None
-    seen = [row["input_ids"] for part in (rows, stopping) for row in (part[i] for i in range(len(part)))]
-    assert len(seen) == len(data.rows)
-    assert all(torch.equal(row, data.rows[i]["input_ids"]) for i, row in enumerate(seen))
-    assert stopping_rows(data.rows, small("ssd")) == (data.rows, None)
+    model, tokenizer = load_model(donor), tiny_tokenizer()
+    whole = prepare_data(small("ssd"), model, tokenizer, seed=0)
+    assert whole.aside is None
+    data = prepare_data(small("hedgecats"), model, tokenizer, seed=0)
+    seen: list[Any] = [row["input_ids"] for part in (data.rows, data.aside) for row in listed(part)]
+    assert len(seen) == len(listed(whole.rows))
+    assert all(torch.equal(row, whole.rows[i]["input_ids"]) for i, row in enumerate(seen))
+
+
+def listed(rows: Any) -> list[Any]:
+    return [rows[i] for i in range(len(rows))]
 
 
 def test_seeds_are_held_against_the_same_rows(donor: str, small: Any) -> None:
     """Or the losses of two seeds could not be compared."""
-    model, data = load_model(donor), small("ssd").data
-    one, two = (prepare_data(data, model, tiny_tokenizer(), seed=seed) for seed in (1, 2))
+    model, run = load_model(donor), small("ssd")
+    one, two = (prepare_data(run, model, tiny_tokenizer(), seed=seed) for seed in (1, 2))
     assert all(torch.equal(one.held_out[i]["input_ids"], two.held_out[i]["input_ids"]) for i in range(8))
     assert not all(torch.equal(one.rows[i]["input_ids"], two.rows[i]["input_ids"]) for i in range(8))
 

@@ -117,7 +117,7 @@ class RunNote:
 
     Attributes:
         recipe, seed, train_tokens, train_seconds: as in the file.
-        source, subset, text_column: the data settings it was made with, if known.
+        source, subset, text_column, streaming: the data settings it was made with, if known.
     """
 
     recipe: str
@@ -127,6 +127,7 @@ class RunNote:
     source: str | None = None
     subset: str | None = None
     text_column: str | None = None
+    streaming: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> RunNote:
@@ -149,6 +150,7 @@ class RunNote:
                 data["source"],
                 data["subset"],
                 data["text_column"],
+                bool(data.get("streaming", False)),  # runs from before streaming have no such setting
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -247,6 +247,7 @@ def read_text(
         DataError: text that cannot be used, or fewer than two documents of it.
     """
     from equipoise.data.packing import evaluation_windows
+    from equipoise.data.shards import ShardedDocuments
     from equipoise.data.sources import DataError, absolute_source, load_documents, overlaps
     from equipoise.models.load import load_tokenizer
 
@@ -259,10 +260,16 @@ def read_text(
     # A file of a folder that was trained on, say, is not new: equal documents are held out in both.
     seen = next((note for name, note in notes.items() if overlaps(source, name)), None)
     whole = seen is None and Path(source).expanduser().exists()
-    documents = load_documents(
-        source, split="validation", held_out=not whole, subset=None if seen is None else seen.subset,
-        text_column=options.text_column or (None if seen is None else seen.text_column),
-    )  # fmt: skip
+    column = options.text_column or (None if seen is None else seen.text_column)
+    if seen is not None and seen.streaming:  # more than fits: the first held-out documents
+        documents = ShardedDocuments(source, side="validation", subset=seen.subset, text_column=column).first(
+            options.documents
+        )
+    else:
+        documents = load_documents(
+            source, split="validation", held_out=not whole, subset=None if seen is None else seen.subset,
+            text_column=column,
+        )  # fmt: skip
     windows = evaluation_windows(
         documents, load_tokenizer(subjects[0].model), context_length=length,
         limit_documents=options.documents, max_windows_per_document=options.max_windows,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equipoise.commands.failures import FAILED, INTERRUPTED, VerbError, told_when_full
-from equipoise.commands.options import MaxSteps, Recipe, Settings, TrainingData, TrustRemoteCode
+from equipoise.commands.options import MaxSteps, Recipe, Settings, Streaming, TrainingData, TrustRemoteCode
 from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
 from equipoise.config import merge, parse_assignments
@@ -26,6 +26,7 @@ def convert_command(
     recipe: Recipe,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New directory for the result.")],
     data: TrainingData = None,
+    streaming: Streaming = False,
     settings: Settings = None,
     max_steps: MaxSteps = None,
     report_to: Annotated[
@@ -48,7 +49,10 @@ def convert_command(
         --set hybrid.window=32 --set finetune.learning_rate=5e-4 --max-steps 200
     """
     quieten()
-    run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to)
+    run = resolve(
+        recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to,
+        streaming=streaming,
+    )  # fmt: skip
     if dry_run:
         _show_plan(donor, run, output, resume=resume, trust_remote_code=trust_remote_code, as_json=as_json)
         return
@@ -110,8 +114,9 @@ def resolve(
     assignments: list[str],
     max_steps: int | None,
     report_to: str | None = None,
+    streaming: bool = False,
 ) -> RunConfig:
-    """The recipe with the command line's changes: --set over --max-steps, --data and --report-to over both.
+    """The recipe with the command line's changes: --set over --max-steps, the other options over both.
 
     Raises:
         UnknownNameError, ConfigError: as `load_recipe`.
@@ -121,18 +126,24 @@ def resolve(
         changes = merge(changes, {"data": {"source": data}})
     if report_to is not None:
         changes = merge(changes, {"report_to": report_to})
+    if streaming:
+        changes = merge(changes, {"data": {"streaming": True}})
     from equipoise.train.recipes import load_recipe
 
-    run = load_recipe(recipe, changes)
     shipped = load_recipe(recipe)
+    if max_steps is not None:
+        present = [name for name in STAGES if _is_present(shipped, changes, name)]
+        changes = merge({name: {"max_steps": max_steps} for name in present}, changes)
+    run = load_recipe(recipe, changes)
     for part in ("hybrid", *STAGES):
         if getattr(shipped, part) is None and getattr(run, part) is not None:
             say(progress(), f"note: {run.name} has no {part} of its own; --set adds one", style="yellow")
-    if max_steps is None:
-        return run
-    present = [stage for stage in STAGES if getattr(run, stage) is not None]
-    steps: dict[str, Any] = {stage: {"max_steps": max_steps} for stage in present}
-    return load_recipe(recipe, merge(steps, changes))
+    return run
+
+
+def _is_present(shipped: RunConfig, changes: dict[str, Any], stage: str) -> bool:
+    """Whether a stage will run: as shipped, unless the changes add it or take it away."""
+    return changes[stage] is not None if stage in changes else getattr(shipped, stage) is not None
 
 
 def _kept(work: Path) -> str:

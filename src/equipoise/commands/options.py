@@ -33,6 +33,9 @@ TrainingData = Annotated[
     str | None,
     typer.Option("--data", metavar="SOURCE", help="File, folder, Hub data set or `stdlib`, to train on."),
 ]
+Streaming = Annotated[
+    bool, typer.Option("--streaming", help="Read while training; needs --max-steps or data.max_tokens.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),

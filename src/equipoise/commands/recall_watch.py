@@ -63,6 +63,7 @@ def recall_watchers(run: RunConfig, donor: str) -> list[Watcher]:
     asked = run.watch.recall if run.watch is not None else None
     if asked is None:
         return []
+    from equipoise.data.shards import ShardedDocuments
     from equipoise.data.sources import load_documents
     from equipoise.evaluate.recall_examples import build_examples
     from equipoise.evaluate.recall_tasks import RecallSettings
@@ -70,9 +71,13 @@ def recall_watchers(run: RunConfig, donor: str) -> list[Watcher]:
     from equipoise.models.load import load_config, load_tokenizer
 
     tokenizer, source = load_tokenizer(donor), run.data
-    documents = load_documents(
-        source.source, split="train", subset=source.subset, text_column=source.text_column, limit=DOCUMENTS
-    )
+    column, subset = source.text_column, source.subset
+    if source.streaming:
+        documents = ShardedDocuments(source.source, subset=subset, text_column=column).first(DOCUMENTS)
+    else:
+        documents = load_documents(
+            source.source, split="train", subset=subset, text_column=column, limit=DOCUMENTS
+        )
     if "text" not in documents.column_names:  # conversations: questions are hidden in plain text
         documents = load_documents("stdlib", split="train", limit=DOCUMENTS)
     vocabulary = int(load_config(donor).get_text_config(decoder=True).vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,12 +63,27 @@ def encode_documents(
         DataError: an unknown layout, conversations without a chat template, or a conversation
             that the template refuses.
     """
-    layout = layout_of(documents.column_names)
+    batches = cast("Iterable[Mapping[str, list[Any]]]", documents.iter(batch_size=_BATCH_SIZE))
+    yield from encode_batches(
+        batches, layout_of(documents.column_names), tokenizer, responses_only=responses_only,
+        end_with_eos=end_with_eos,
+    )  # fmt: skip
+
+
+def encode_batches(
+    batches: Iterable[Mapping[str, list[Any]]],
+    layout: DocumentLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    responses_only: bool = True,
+    end_with_eos: bool = True,
+) -> Iterator[EncodedDocument]:
+    """As `encode_documents`, of batches of columns; a document's tokens do not depend on its batch."""
     encode = _encoder(layout, tokenizer, responses_only)
     eos = cast("int | None", tokenizer.eos_token_id) if end_with_eos else None
     separator_trained = layout != "messages" and not _renders_chat(layout, tokenizer)
-    for batch in documents.iter(batch_size=_BATCH_SIZE):
-        for document in encode(cast("Mapping[str, list[Any]]", batch)):
+    for batch in batches:
+        for document in encode(batch):
             ids, trained = document.input_ids, document.trained
             if eos is not None and ids and ids[-1] != eos:
                 ids, trained = [*ids, eos], [*trained, separator_trained]

@@ -78,7 +78,8 @@ def _vocabulary_error(highest: int, vocab_size: int, what: str) -> DataError:
     )
 
 
-def _check_ids(highest: int, vocab_size: int | None) -> None:
+def check_ids(highest: int, vocab_size: int | None) -> None:
+    """Raise `DataError` where documents have ids past the model's vocabulary."""
     if vocab_size is not None and highest >= vocab_size:
         raise _vocabulary_error(highest, vocab_size, "documents")
 
@@ -110,11 +111,19 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     of a segment, which the previous document would predict, is never a label. A document that
     crosses a row's end goes on in the next row as a segment of its own.
 
+    Where documents are not separate a row is one sequence without `segment_ids`: attention crosses from a
+    document to the next, positions count on, and a document's first token is a label too.
+
+    Args:
+        stream: tokens of all documents.
+        context_length: T.
+        separate: whether documents are segments of their own.
+
     Raises:
         DataError: fewer tokens than one row, or no row with a label.
     """
 
-    def __init__(self, stream: TokenStream, *, context_length: int) -> None:
+    def __init__(self, stream: TokenStream, *, context_length: int, separate: bool = True) -> None:
         if context_length < 2:
             raise DataError(f"expected a context_length of at least 2 tokens, got {context_length}; raise it")
         total = len(stream.tokens)
@@ -126,11 +135,11 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
                 f"lower context_length to at most {total}"
             )
         labelled = stream.trained.copy()
-        labelled[stream.starts] = False
+        labelled[stream.starts] &= not separate
         labelled[::context_length] = False
         per_row = labelled[: rows * context_length].reshape(rows, context_length).sum(axis=1)
         self.stream = stream
-        self.context_length = context_length
+        self.context_length, self.separate = context_length, separate
         self._rows: NDArray[np.int64] = np.flatnonzero(per_row).astype(np.int64)
         self.statistics = PackingStatistics(
             documents=len(stream.starts),
@@ -152,18 +161,44 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         low = int(self._rows[range(len(self))[index]]) * self.context_length
-        span = np.arange(low, low + self.context_length)
-        document = np.searchsorted(self.stream.starts, span, side="right") - 1
-        positions = span - np.maximum(self.stream.starts[document], low)
-        tokens = self.stream.tokens[span].astype(np.int64)
-        labelled = self.stream.trained[span] & (positions > 0)
-        row = {
-            "input_ids": tokens,
-            "labels": np.where(labelled, tokens, IGNORED_LABEL),
-            "segment_ids": document - document[0],
-            "position_ids": positions,
-        }
-        return {name: torch.from_numpy(values.astype(np.int64)) for name, values in row.items()}
+        high = low + self.context_length
+        starts = self.stream.starts
+        first = int(np.searchsorted(starts, low, side="right")) - 1
+        inside = starts[first : int(np.searchsorted(starts, high))]
+        row = packed_row(
+            self.stream.tokens[low:high], self.stream.trained[low:high], np.maximum(inside, low) - low,
+            separate=self.separate,
+        )  # fmt: skip
+        assert row is not None
+        return row
+
+
+def packed_row(
+    tokens: NDArray[np.int32] | list[int],
+    trained: NDArray[np.bool_] | list[bool],
+    starts: NDArray[np.int64] | list[int],
+    *,
+    separate: bool,
+) -> dict[str, Tensor] | None:
+    """One row of T tokens (see `PackedDataset`), or None where the loss would count none of them.
+
+    Args:
+        tokens, trained: T each.
+        starts: where documents begin in the row, ascending from 0.
+        separate: whether documents are segments of their own.
+    """
+    ids, span = np.asarray(tokens, np.int64), np.arange(len(tokens))
+    bounds = np.asarray(starts if separate else [0], np.int64)
+    segments = np.searchsorted(bounds, span, side="right") - 1
+    positions = span - bounds[segments]
+    labelled = np.asarray(trained, np.bool_) & (positions > 0)
+    if not labelled.any():
+        return None
+    labels = np.where(labelled, ids, IGNORED_LABEL)
+    row = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    if separate:
+        row["segment_ids"] = segments
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in row.items()}
 
 
 def pack_documents(
@@ -176,6 +211,7 @@ def pack_documents(
     cache_dir: Path | None = None,
     responses_only: bool = True,
     vocab_size: int | None = None,
+    separate: bool = True,
 ) -> PackedDataset:
     """Tokenise documents in a seeded order and pack them into rows (see `PackedDataset`).
 
@@ -191,6 +227,7 @@ def pack_documents(
         cache_dir: by default `default_cache_dir()`.
         responses_only: train only on assistant turns and completions, where there are any.
         vocab_size: the model's; where given, token ids are checked against it.
+        separate: whether documents of a row are segments of their own.
 
     Raises:
         DataError: documents or a tokenizer that cannot be used, or too few tokens for one row.
@@ -203,10 +240,10 @@ def pack_documents(
     stream = read_stream(path)
     if stream is None:
         ordered = documents.shuffle(seed=seed, keep_in_memory=True)
-        stream = _tokenise_stream(ordered, tokenizer, max_tokens, responses_only)
+        stream = tokenise_stream(ordered, tokenizer, max_tokens, responses_only)
         write_stream(path, stream)
-    _check_ids(int(stream.tokens.max(initial=0)), vocab_size)
-    return PackedDataset(stream, context_length=context_length)
+    check_ids(int(stream.tokens.max(initial=0)), vocab_size)
+    return PackedDataset(stream, context_length=context_length, separate=separate)
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -214,7 +251,7 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _tokenise_stream(
+def tokenise_stream(
     documents: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
@@ -295,7 +332,7 @@ def evaluation_windows(
     windows: list[EvaluationWindow] = []
     encoded = encode_documents(documents, tokenizer, responses_only=responses_only, end_with_eos=False)
     for index, document in enumerate(encoded):
-        _check_ids(max(document.input_ids, default=0), vocab_size)
+        check_ids(max(document.input_ids, default=0), vocab_size)
         starts = range(0, len(document.input_ids), context_length)[:max_windows_per_document]
         for start in starts:
             ids = torch.tensor(document.input_ids[start : start + context_length])

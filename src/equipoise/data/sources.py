@@ -11,6 +11,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from equipoise.data.layouts import (
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".text", ".py"})
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
+PARQUET_SUFFIXES = frozenset({".parquet"})
 HELD_OUT_ONE_IN = 20
 
 _STDLIB_SKIPPED = frozenset(
@@ -52,8 +54,9 @@ def load_documents(
     """Load the documents of one split, without empty ones, in an order that is always the same.
 
     Args:
-        source: `"stdlib"`, the path of a local file or directory, or the name of a Hub data set.
-            A text file is one document; `.jsonl` and `.json` files hold one per record.
+        source: `"stdlib"`, the path of a local file or directory, a pattern of paths
+            (`shards/*.parquet`), or the name of a Hub data set. A text file is one document;
+            `.jsonl`, `.json` and `.parquet` files hold one per record.
         split: `"train"` or `"validation"`. A Hub data set's own split names, and slices such as
             `"train[:1%]"`, work too.
         text_column: the column to read as text; by default the layout is recognised.
@@ -69,9 +72,9 @@ def load_documents(
     if limit is not None and limit < 1:
         raise DataError(f"expected a document limit of at least 1, got {limit}; omit it for all")
     if source == "stdlib":
-        documents = to_dataset(_stdlib_records(split), layout="text")
-    elif _is_local(source):
-        documents = _load_local(Path(source).expanduser(), text_column)
+        documents = to_dataset(stdlib_records(split), layout="text")
+    elif is_local(source):
+        documents = _load_local(source, text_column)
         documents = _held_out_split(documents, split, source) if held_out else documents
     else:
         documents = _load_hub(source, split, text_column, subset, held_out)
@@ -109,7 +112,7 @@ def stdlib_files(split: str = "train") -> list[tuple[str, Path]]:
     return files
 
 
-def _stdlib_records(split: str) -> Iterator[Record]:
+def stdlib_records(split: str) -> Iterator[Record]:
     for _, path in stdlib_files(split):
         try:
             yield {"text": path.read_text(encoding="utf-8")}
@@ -122,7 +125,7 @@ def _stdlib_records(split: str) -> Iterator[Record]:
 
 def absolute_source(source: str) -> str:
     """The name of a source from any working directory: local paths resolved, all others as they are."""
-    is_path = source != "stdlib" and _is_local(source)
+    is_path = source != "stdlib" and is_local(source)
     return str(Path(source).expanduser().resolve()) if is_path else source
 
 
@@ -131,30 +134,47 @@ def overlaps(source: str, other: str) -> bool:
     one, two = absolute_source(source), absolute_source(other)
     if one == two:
         return True
-    if "stdlib" in (source, other) or not (_is_local(source) and _is_local(other)):
+    if "stdlib" in (source, other) or not (is_local(source) and is_local(other)):
         return False
+    if _is_pattern(one) or _is_pattern(two):
+        found = [{path.resolve() for path in _matches(name) if path.is_file()} for name in (one, two)]
+        return bool(found[0] & found[1])
     return Path(one) in Path(two).parents or Path(two) in Path(one).parents
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether a source is meant as a path: it exists, or no Hub name could look like it."""
     path = Path(source).expanduser()
     looks_like_path = (
         source.startswith((".", "/", "~"))
         or "\\" in source
         or source.count("/") > 1
-        or path.suffix.lower() in TEXT_SUFFIXES | JSON_SUFFIXES
+        or _is_pattern(source)
+        or path.suffix.lower() in TEXT_SUFFIXES | JSON_SUFFIXES | PARQUET_SUFFIXES
     )
     return looks_like_path or path.exists()
 
 
-def _load_local(path: Path, text_column: str | None) -> Dataset:
-    if not path.exists():
-        raise DataError(
-            f"expected a file or directory at {str(path)!r}, got none; check the path (it is "
-            f"relative to {str(Path.cwd())!r}), or give 'stdlib' or the name of a Hub data set"
-        )
-    located = [item for file in _files_of(path) for item in _read_file(file)]
+def _is_pattern(source: str) -> bool:
+    return any(sign in source for sign in "*?[")
+
+
+def _matches(source: str) -> list[Path]:
+    """The path itself where it exists, what is below it where it is a folder, or what the pattern finds."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return [found for found in sorted(path.rglob("*")) if not _is_hidden(found.relative_to(path))]
+    if path.exists() or not _is_pattern(source):
+        return [path]
+    return [Path(name) for name in sorted(glob(str(path), recursive=True))]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _load_local(source: str, text_column: str | None) -> Dataset:
+    located = [item for file in local_files(source) for item in _read_file(file)]
     columns = {name for _, record in located for name in record}
     layout = choose_layout(columns, text_column)
     records: list[Record] = []
@@ -167,19 +187,27 @@ def _load_local(path: Path, text_column: str | None) -> Dataset:
     return to_dataset(records, layout)
 
 
-def _files_of(path: Path) -> list[Path]:
+def local_files(source: str) -> list[Path]:
+    """The files that a path, a folder or a pattern stands for, in the order of their names.
+
+    Raises:
+        DataError: there is none that could be read.
+    """
+    path = Path(source).expanduser()
     if path.is_file():
         if path.stat().st_size == 0:
             raise DataError(f"expected text in {str(path)!r}, got an empty file; give another file")
         return [path]
-    wanted = TEXT_SUFFIXES | JSON_SUFFIXES
+    if not path.exists() and not _is_pattern(source):
+        raise DataError(
+            f"expected a file or directory at {str(path)!r}, got none; check the path (it is "
+            f"relative to {str(Path.cwd())!r}), or give 'stdlib' or the name of a Hub data set"
+        )
+    wanted = TEXT_SUFFIXES | JSON_SUFFIXES | PARQUET_SUFFIXES
     files = [
         file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and file.suffix.lower() in wanted
-        and file.stat().st_size > 0
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        for file in _matches(source)
+        if file.is_file() and file.suffix.lower() in wanted and file.stat().st_size > 0
     ]
     if not files:
         raise DataError(
@@ -191,6 +219,9 @@ def _files_of(path: Path) -> list[Path]:
 
 def _read_file(path: Path) -> Iterator[tuple[str, Record]]:
     """Yield (where it stands, record) for each record of a file; a text file is one record."""
+    if path.suffix.lower() in PARQUET_SUFFIXES:
+        yield from _read_parquet(path)
+        return
     text = _read_text(path)
     if path.suffix.lower() not in JSON_SUFFIXES:
         yield str(path), {"text": text}
@@ -205,6 +236,21 @@ def _read_file(path: Path) -> Iterator[tuple[str, Record]]:
                 yield _as_record(f"{path}, record {index}", item)
             return
     yield from _read_json_lines(path, text)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        records: list[Record] = read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"expected a Parquet file at {str(path)!r}, got one that cannot be read ({error}); it may be "
+            "cut short: fetch it again"
+        ) from error
+    for index, record in enumerate(records):
+        yield f"{path}, record {index}", record
 
 
 def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, Record]]:
@@ -300,12 +346,9 @@ def _check_split(split: str, source: str) -> None:
 def _held_out_split(documents: Dataset, split: str, source: str) -> Dataset:
     """Return one side of a split by content: equal documents always fall on the same side."""
     _check_split(split, source)
-    hashes = [
-        hashlib.md5(json.dumps(row, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
-        for row in cast("Iterable[Record]", documents)
-    ]
+    hashes = [content_hash(row) for row in cast("Iterable[Record]", documents)]
     distinct = set(hashes)
-    validation = {h for h in distinct if int(h, 16) % HELD_OUT_ONE_IN == 0}
+    validation = {h for h in distinct if h % HELD_OUT_ONE_IN == 0}
     if distinct and (not validation or validation == distinct):
         validation = {min(distinct)}  # few documents: neither side may end up empty
     if len(distinct) == 1:
@@ -317,3 +360,8 @@ def _held_out_split(documents: Dataset, split: str, source: str) -> Dataset:
         validation = set()
     wanted = split == "validation"
     return documents.select([i for i, h in enumerate(hashes) if (h in validation) == wanted])
+
+
+def content_hash(row: Record) -> int:
+    """A number of a document's content, the same on any machine; 0 modulo `HELD_OUT_ONE_IN` is held out."""
+    return int(hashlib.md5(json.dumps(row, sort_keys=True).encode(), usedforsecurity=False).hexdigest(), 16)

@@ -40,6 +40,8 @@ def data_size(data: DataConfig, donor: str, *, local: bool) -> DataSize:
     Raises:
         DataError: a local source that cannot be used.
     """
+    if data.streaming and data.max_tokens is not None:  # the data begins again where it ends
+        return DataSize(data.max_tokens, "data.max_tokens")
     found = _local_size(data, donor) if local else _hub_size(data)
     if data.max_tokens is None:
         return found

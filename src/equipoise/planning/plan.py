@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from equipoise.config import RunConfig, Schedule
+from equipoise.data.preparing import HELD_OUT_ROWS
 from equipoise.data.sources import absolute_source
 from equipoise.layers.interface import mixers_of
 from equipoise.models.adapters import add_lora
@@ -22,7 +23,6 @@ from equipoise.models.load import load_config
 from equipoise.models.surgery import hybridize
 from equipoise.planning.data_size import DataSize, data_size
 from equipoise.planning.slices import Kind, Stage, stage_cost
-from equipoise.train.convert import HELD_OUT_ROWS
 from equipoise.train.stages import lora_targets
 
 TRAINING = 3 * 4
@@ -188,7 +188,8 @@ def _stages(
     """Steps and sizes; adapters are added to the model on the way, as training does."""
     stages: list[StagePlan] = []
     rows = None if tokens is None else tokens // length
-    if rows is not None and run.finetune is not None and run.finetune.early_stopping is not None:
+    stops_early = run.finetune is not None and run.finetune.early_stopping is not None
+    if rows is not None and stops_early and not run.data.streaming:
         rows -= min(HELD_OUT_ROWS, max(1, rows // 10))
     for name, settings in (("transfer", run.transfer), ("finetune", run.finetune)):
         if settings is None:

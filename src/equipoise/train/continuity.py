@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from equipoise.data.streaming import RowPosition, StreamedRows
+
 
 class StageClock(TrainerCallback, ExportableState):
     """Time spent on a stage, also before it was killed and resumed."""
@@ -34,3 +36,22 @@ class UnloggedLoss(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {"total": self.total, "since": self.since}, "attributes": {}}
+
+
+class DataPosition(TrainerCallback, ExportableState):
+    """Where streamed rows stand, so that a resumed run need not read again what it has seen."""
+
+    def __init__(self, row: int = 0, position: dict[str, Any] | None = None) -> None:
+        self.row, self.position = row, position
+
+    def take(self, rows: StreamedRows, row: int) -> None:
+        """Note where a row begins, for the checkpoint about to be written."""
+        self.row, self.position = row, rows.position(row).to_dict()
+
+    def give(self, rows: StreamedRows) -> None:
+        """Tell the rows what the checkpoint says."""
+        if self.position is not None:
+            rows.seek(self.row, RowPosition.from_dict(self.position))
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"row": self.row, "position": self.position}, "attributes": {}}

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from equipoise import __version__
-from equipoise.config import ConfigError, DataConfig, HybridConfig, RunConfig
-from equipoise.data.packing import PackedDataset, check_tokenizer, pack_documents
-from equipoise.data.sources import absolute_source, load_documents
+from equipoise.config import ConfigError, HybridConfig, RunConfig
+from equipoise.data.packing import PackedDataset
+from equipoise.data.preparing import HELD_OUT_ROWS, TrainingData, prepare_data
+from equipoise.data.sources import absolute_source
 from equipoise.files import make_directory, write_text
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
@@ -31,8 +31,6 @@ from equipoise.train.reporting import LOGS, check_reporter, reporting
 from equipoise.train.stage_files import StageResult, finished_result, latest_checkpoint
 from equipoise.train.stages import finetune, lora_targets, transfer
 from equipoise.train.watching import Watcher, check_watched, mean_nll
-
-HELD_OUT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -60,43 +58,6 @@ class RunRecord:
     stages: dict[str, dict[str, Any]]
     held_out: dict[str, float]
     equipoise_version: str = __version__
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Packed rows of a run."""
-
-    rows: PackedDataset
-    held_out: PackedDataset
-
-
-def prepare_data(
-    data: DataConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> TrainingData:
-    """Read, tokenise and pack training and held-out rows, no longer than the donor's context.
-
-    Raises:
-        DataError: data that cannot be read, or a tokenizer that does not fit the model.
-    """
-    text: Any = model.config.get_text_config(decoder=True)
-    check_tokenizer(tokenizer, text.vocab_size)
-    length = min(data.context_length, text.max_position_embeddings or data.context_length)
-
-    def packed(split: str, max_tokens: int | None, order: int) -> PackedDataset:
-        documents = load_documents(data.source, split=split, text_column=data.text_column, subset=data.subset)
-        return pack_documents(
-            documents,
-            tokenizer,
-            context_length=length,
-            seed=order,
-            max_tokens=max_tokens,
-            vocab_size=text.vocab_size,
-        )
-
-    # the same held-out rows whatever the seed, or losses of two seeds could not be compared
-    return TrainingData(
-        packed("train", data.max_tokens, seed), packed("validation", HELD_OUT_ROWS * length, 0)
-    )
 
 
 def mean_loss(model: PreTrainedModel, rows: PackedDataset, *, batch_size: int = 8) -> float:
@@ -162,7 +123,7 @@ def _convert(
         hybridize(model, run.hybrid, seed=seed)
         record_donor(model, donor)
         describe(model, run.hybrid, console)
-    data = prepare_data(run.data, model, tokenizer, seed=seed) if trains else None
+    data = prepare_data(run, model, tokenizer, seed=seed) if trains else None
     held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
     results: dict[str, StageResult] = {}
     if data is not None:
@@ -278,8 +239,7 @@ def train(
     if run.finetune is not None:
         lora_targets(model, run.finetune)  # a wrong name is known before stage 1 has run for hours
     set_seed(seed)
-    rows, stopping = stopping_rows(data.rows, run)
-    looked_at = data.held_out if stopping is None else stopping
+    rows, looked_at = data.rows, data.held_out if data.aside is None else data.aside
     if run.transfer is not None:
         place = work / "transfer"
         with _shown(console, run, place, resume=resume) as shown:
@@ -311,18 +271,6 @@ def _shown(
         reporting(reporter, logs, resumed_at=resumed_at) as sent,
     ):
         yield [*shown, *sent]
-
-
-def stopping_rows(rows: PackedDataset, run: RunConfig) -> tuple[Dataset[Any], Dataset[Any] | None]:
-    """(rows to train on, rows that early stopping looks at): the latter are training data set aside.
-
-    Not the held-out rows: choosing the weights on what is reported would flatter them.
-    """
-    if run.finetune is None or run.finetune.early_stopping is None:
-        return rows, None
-    count = min(HELD_OUT_ROWS, max(1, len(rows) // 10))
-    kept = len(rows) - count
-    return Subset(rows, range(kept)), Subset(rows, range(kept, len(rows)))
 
 
 def save(

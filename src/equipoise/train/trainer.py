@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,11 +19,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from equipoise.config import LOSS, EarlyStopping, RunConfig, Schedule
 from equipoise.data.packing import collate
 from equipoise.data.sources import DataError
+from equipoise.data.streaming import StreamedRows
 from equipoise.files import write_atomically
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
 from equipoise.models.storage import CheckpointError, load_tensors
-from equipoise.train.continuity import StageClock, UnloggedLoss
+from equipoise.train.continuity import DataPosition, StageClock, UnloggedLoss
 from equipoise.train.probe import BranchProbe
 from equipoise.train.stage_files import (
     SAVING,
@@ -118,7 +119,7 @@ class StageTrainer(Trainer):
                 f"expected at least {self.rows_a_step} rows of training data, one step of {self.stage_name}, "
                 f"got {count}. Give more data, or lower {self.stage_name}.batch_size or data.context_length."
             )
-        own: list[TrainerCallback] = [StageClock(), UnloggedLoss()]
+        own: list[TrainerCallback] = [StageClock(), UnloggedLoss(), DataPosition()]
         if stopping is not None:
             own.append(StoppingRule(stopping.model_dump(mode="json")))
         super().__init__(
@@ -151,11 +152,23 @@ class StageTrainer(Trainer):
 
     # ---- steps
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RandomSampler:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         """Whole steps only: what is left of an epoch would make a smaller step, and how small would be up to
-        micro_batch_size."""
+        micro_batch_size. Streamed rows are in a seeded order already."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return RandomSampler(rows, num_samples=len(rows) // self.rows_a_step * self.rows_a_step)
+        whole = self._whole_rows(rows)
+        if isinstance(rows, StreamedRows):
+            return SequentialSampler(range(whole))
+        return RandomSampler(rows, num_samples=whole)
+
+    def _whole_rows(self, rows: Any) -> int:
+        return len(rows) // self.rows_a_step * self.rows_a_step
+
+    def _data_position(self) -> tuple[DataPosition, StreamedRows] | None:
+        """Where streamed rows are noted in checkpoints; None for rows in memory."""
+        noted = self._callback(DataPosition)
+        rows: object = self.train_dataset
+        return (noted, rows) if noted is not None and isinstance(rows, StreamedRows) else None
 
     def micro_step(self) -> int:
         """Which micro batch of the present optimiser step this is; call once a training step."""
@@ -173,6 +186,9 @@ class StageTrainer(Trainer):
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
         self._was_over, self._is_resumed = bool(self.control.should_training_stop), True
+        streamed = self._data_position()
+        if streamed is not None:
+            streamed[0].give(streamed[1])
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._was_over:  # resumed from its last checkpoint; Trainer would take one more step
@@ -189,6 +205,10 @@ class StageTrainer(Trainer):
         unlogged = self._callback(UnloggedLoss)
         if unlogged is not None:
             unlogged.total, unlogged.since = float(self._tr_loss), self._globalstep_last_logged
+        streamed = self._data_position()
+        if streamed is not None:
+            noted, rows = streamed
+            noted.take(rows, self.state.global_step * self.rows_a_step % self._whole_rows(rows))
         directory, state = Path(str(self.args.output_dir)), self.state
         if self.args.should_save:
             begin_checkpoint(directory)
