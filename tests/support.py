@@ -42,6 +42,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {},
     "gpt_neox": {},
+    "gpt_oss": {
+        "num_hidden_layers": 3, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "experts_implementation": "eager",
+    },
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": 48},
     "cohere2": {
         "num_hidden_layers": 3, "sliding_window": 6, "logit_scale": 1.0,
@@ -76,7 +82,7 @@ def tiny_model(
     settings = {**_SIZES, **FAMILIES.get(model_type, {}), **overrides}
     experts = settings.pop("experts_implementation", None)
     config = AutoConfig.for_model(model_type, **settings)
-    if experts is not None:
+    if experts is not None and dtype is F64:
         config._experts_implementation = experts
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()

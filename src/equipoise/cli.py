@@ -45,7 +45,7 @@ class Verbs(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        option = copy(next(parameter for parameter in self.params if parameter.name == "debug"))
+        option: Any = copy(next(parameter for parameter in self.params if parameter.name == "debug"))
         option.expose_value, option.callback = False, _debug_after_verb
         option.hidden = True  # named once, among the global options: a verb's help is one screen
         _give(self.commands, option)

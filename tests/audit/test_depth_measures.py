@@ -72,8 +72,12 @@ def expected(model: Any, donor: bool) -> dict[str, torch.Tensor]:
             q, k, v = inputs.q[0].double(), inputs.k[0].double(), inputs.v[0].double()
             scores = q @ k.repeat_interleave(2, 0).mT * inputs.scale
             if donor:
-                weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+                scores = scores.masked_fill(~causal, -torch.inf)
+                weights = scores.softmax(-1)
                 add("donor_entropy", layer, torch.special.entr(weights).sum((-1, -2)), length)
+                if inputs.sink_logits is not None:
+                    column = inputs.sink_logits.double()[:, None, None].expand(4, length, 1)
+                    weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
                 mass = (weights * outside).sum(-1)
                 add("donor_mass_outside", layer, mass[:, eligible].sum(-1), int(eligible.sum()))
                 continue
@@ -81,7 +85,8 @@ def expected(model: Any, donor: bool) -> dict[str, torch.Tensor]:
             products = phi_q @ phi_k.repeat_interleave(4 // phi_k.shape[0], 0).mT
             alone = products * causal / (products * causal).sum(-1, keepdim=True)
             add("linear_entropy", layer, torch.special.entr(alone).sum((-1, -2)), length)
-            add_hybrid(add, layer, mixer, scores, products, causal, near, eligible)
+            sink = inputs.sink_logits
+            add_hybrid(add, layer, mixer, scores, products, causal, near, eligible, sink)
             state = phi_k.mT @ v.repeat_interleave(phi_k.shape[0] // 2, 0)
             for head in range(4):
                 singular = torch.linalg.svdvals(state[head * phi_k.shape[0] // 4])
@@ -101,22 +106,29 @@ def expected(model: Any, donor: bool) -> dict[str, torch.Tensor]:
 
 
 def add_hybrid(
-    add: Any, layer: int, mixer: Any, scores: Any, products: Any, causal: Any, near: Any, eligible: Any
-) -> None:
+    add: Any, layer: int, mixer: Any, scores: Any, products: Any, causal: Any, near: Any, eligible: Any,
+    sink: Any,
+) -> None:  # fmt: skip
     config = mixer.config
     far = causal if config.overlap else causal & ~near
-    window = torch.exp(scores - scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)) * near
+    nothing = torch.full((4,), -torch.inf) if sink is None else sink
+    nothing = nothing.double()[:, None, None]
+    top = torch.maximum(scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True), nothing)
+    window, rest = torch.exp(scores - top) * near, torch.exp(nothing - top)
     linear = products * far
     gate = config.gate_value
     if config.mixing == "convex":
         gate = torch.where(far.any(-1, keepdim=True), gate, 1.0)
         total = linear.sum(-1, keepdim=True)
-        weights = gate * window / window.sum(-1, keepdim=True) + (1 - gate) * torch.where(
+        weights = gate * window / (window.sum(-1, keepdim=True) + rest) + (1 - gate) * torch.where(
             total > 0, linear / total, 0.0
         )
     else:
-        weights = (gate * window + linear) / (gate * window + linear).sum(-1, keepdim=True)
-    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+        weights = (gate * window + linear) / ((gate * window + linear).sum(-1, keepdim=True) + gate * rest)
+    if sink is None:
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+    else:
+        assert (weights.sum(-1) < 1).all()
     mass = (weights * (causal & ~near)).sum(-1)
     add("hybrid_mass_outside", layer, mass[:, eligible].sum(-1), int(eligible.sum()))
 
@@ -134,7 +146,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_whole_matrices(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "BLOCK", block)
-    model = hybridize(tiny_model(), HybridConfig(window=4, **CONFIGS[name]))
+    assert_measured(hybridize(tiny_model(), HybridConfig(window=4, **CONFIGS[name])))
+
+
+@pytest.mark.parametrize("name", ["convex", "shared"])
+def test_sink_logits_take_their_part(name: str) -> None:
+    donor = tiny_model("gpt_oss", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    for layer in donor.model.layers:
+        layer.self_attn.sinks.data += 2.0
+    assert_measured(hybridize(donor, HybridConfig(window=4, **CONFIGS[name])))
+
+
+def assert_measured(model: Any) -> None:
     got = measured(model)
     assert set(got) == set(MEASURES)
     for truth in (expected(model, donor=True), expected(model, donor=False)):

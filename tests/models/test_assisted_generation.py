@@ -51,6 +51,7 @@ def crops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ("llama", SHARED),
         ("gemma3_text", CONVEX),
+        ("gpt_oss", CONVEX),
         pytest.param("llama", CONVEX, marks=pytest.mark.slow),
         pytest.param("mistral", CONVEX, marks=pytest.mark.slow),
         pytest.param("qwen3", CONVEX, marks=pytest.mark.slow),

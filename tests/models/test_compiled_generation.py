@@ -52,7 +52,7 @@ def test_one_graph_for_all_tokens_and_prompts(backend: str, families: str, dtype
 
 
 @pytest.mark.parametrize("config", [CONFIG, SHARED], ids=["convex", "shared"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
 def test_static_equals_dynamic(family: str, config: HybridConfig) -> None:
     model: Any = hybridize(tiny_model(family, dtype=torch.float64), config)
     options: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": 6}

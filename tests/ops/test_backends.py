@@ -43,7 +43,12 @@ def sample(count: int, seed: int) -> list[Any]:
     rng = random.Random(seed)
     gates = ("number", "per head", "per token")
     return [
-        {**dict(zip(NAMES, values, strict=True)), "branches": rng.choice(STATES), "gate": rng.choice(gates)}
+        {
+            **dict(zip(NAMES, values, strict=True)),
+            "branches": rng.choice(STATES),
+            "gate": rng.choice(gates),
+            "sink": rng.choice((True, False)),
+        }
         for values in rng.sample(GRID, count)
     ]
 
@@ -63,6 +68,7 @@ class Setting:
             "per token": normal(2, 4, self.length).sigmoid(),
         }
         self.gate: Any = gates[case["gate"]]  # fmt: skip
+        self.sink_logits = normal(4, seed=8) if case["sink"] else None
         self.options = {name: case[name] for name in ("mixing", "overlap", "window", "softcap", "branches")}
 
     def call(
@@ -76,7 +82,7 @@ class Setting:
             gate=gate[..., part] if isinstance(gate, Tensor) and gate.shape[-1] > 1 else gate,
             key_mask=None if self.mask is None else self.mask[:, part],
             segment_ids=None if self.segments is None else self.segments[:, part],
-            chunk_size=16, **self.options, **more,
+            sink_logits=self.sink_logits, chunk_size=16, **self.options, **more,
         )  # fmt: skip
 
     def split(self, name: str) -> list[Tensor]:
@@ -97,6 +103,8 @@ class Setting:
         """Output and gradients of everything that has one."""
         q, k, v = (x.clone().requires_grad_() for x in self.inputs)
         gate = self.gate.clone().requires_grad_() if isinstance(self.gate, Tensor) else self.gate
+        if self.sink_logits is not None:
+            self.sink_logits = self.sink_logits.detach().requires_grad_()
         for phi in self.maps:
             phi.weight.grad = None
         with backend(name):
@@ -105,6 +113,8 @@ class Setting:
         found = [x.grad for x in (q, k, v, *(phi.weight for phi in self.maps))]
         if isinstance(gate, Tensor):
             found.append(gate.grad)
+        if self.sink_logits is not None:
+            found.append(self.sink_logits.grad)
         return [out.detach(), *(torch.zeros(()) if grad is None else grad for grad in found)]
 
 
@@ -171,6 +181,7 @@ def test_decoding_step(
         return (phi_q(q), phi_k(k)) if tensors else (phi_q, phi_k)
 
     options = {"mixing": mixing, "overlap": overlap, "window": window}
+    options["sink_logits"] = normal(4, seed=8) if window == 5 else None
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         general, expected = decode("walk", dtype, False, options, maps, padding)
         for reuse in (False, True):  # float32 with reuse is the compiled step, where it was built
@@ -181,16 +192,18 @@ def test_decoding_step(
 
 
 @pytest.mark.skipif(native_step.NATIVE is None, reason="the C extension was not built: no compiler")
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("mixing", ["convex", "shared"])
 def test_compiled_step_in_bfloat16(
-    mixing: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    mixing: str, softcap: float | None, sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[bool] = []
     run = native_step.run
     monkeypatch.setattr(native_step, "run", lambda call: (used.append(True), run(call))[1])
     phi_q, phi_k = PositiveMap(4, seed=1), PositiveMap(4, seed=2)
     options = {"mixing": mixing, "overlap": True, "window": 5, "softcap": softcap}
+    options["sink_logits"] = normal(4, seed=8, dtype=torch.bfloat16) if sink else None
     out, _ = decode("stream", torch.bfloat16, True, options, lambda q, k: (phi_q, phi_k), "none")
     general, _ = decode("walk", torch.bfloat16, False, options, lambda q, k: (phi_q, phi_k), "none")
     assert len(used) == 10

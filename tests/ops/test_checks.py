@@ -41,6 +41,8 @@ def test_the_call_itself_is_fine() -> None:
         ({"sinks": -1}, "sinks >= 0, got -1"),
         ({"window": None, "phi_q": None, "phi_k": None}, "a window, feature maps or both"),
         ({"window": None, "sinks": 2}, "expected sinks=0, got 2"),
+        ({"window": None, "sink_logits": torch.zeros(4)}, "sink_logits join the window's softmax"),
+        ({"sink_logits": torch.zeros(2)}, r"one number a query head, \[4\], got \[2\]"),
         ({"window": -1}, "at least 1 token .*got -1"),
         ({"window": 0}, "at least 1 token .*got 0"),
         ({"window": 0, "sinks": 1, "layout": "terraced"}, "a terraced layout needs"),

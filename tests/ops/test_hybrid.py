@@ -93,7 +93,7 @@ def test_equals_the_definition_whole_and_split(
             "key_mask": padding_mask(padding, length, seed=number), "branches": branches,
             "segment_ids": segments_of(length, seed=number) if packed else None,
             "gate": rng.choice((0.3, normal(4, 1, seed=number).sigmoid(), normal(2, 4, length).sigmoid())),
-            "softcap": rng.choice((None, 2.0)),
+            "softcap": rng.choice((None, 2.0)), "sink_logits": rng.choice((None, normal(4, seed=number))),
         }  # fmt: skip
         expected = hybrid_attention_reference(q, k, v, *tensors, **options)
         chunk = rng.choice((3, 16, 64))

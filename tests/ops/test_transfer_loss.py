@@ -52,7 +52,14 @@ def masks(length: int) -> dict[str, dict[str, Any]]:
         "segments": {"segment_ids": segments},
         "window": {"window": 9},
         "softcap": {"softcap": 2.0},
-        "all": {"key_mask": holes, "segment_ids": segments, "window": 40, "softcap": 2.0},
+        "sink": {"sink_logits": torch.randn(4, dtype=F64)},
+        "all": {
+            "key_mask": holes,
+            "segment_ids": segments,
+            "window": 40,
+            "softcap": 2.0,
+            "sink_logits": torch.randn(4, dtype=F64),
+        },
     }
 
 

@@ -216,6 +216,7 @@ def test_what_the_kernels_leave_to_the_general_path(monkeypatch: pytest.MonkeyPa
     refused = [
         ({"sinks": 1}, r"triton backend cannot run sinks.*auto"),
         ({"layout": "terraced"}, "terraced"),
+        ({"sink_logits": torch.zeros(4, device=inputs[0].device)}, "learned sink logits"),
         ({"output_final_state": True}, "gradients through a state"),
     ]
     with backend("triton"):

@@ -25,7 +25,7 @@ from equipoise.train.progress import ProgressReport
 from equipoise.train.recipes import recipe_names
 from equipoise.train.trainer import TrainingDiverged
 from equipoise.train.watching import attribution_names, watched_history
-from support import tiny_tokenizer
+from support import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,24 @@ def test_every_recipe_converts_and_loads_again(
     assert bool(adapter_layers(again)) == (run.finetune is not None)
     assert len(mixers_of(again)) == (0 if run.hybrid is None else 2)
     assert_record(record, json.loads((out / "run.json").read_text()), run, donor)
+
+
+@pytest.mark.parametrize("recipe", ["ssd", "lolcats"])
+def test_a_donor_with_learned_sinks_converts(recipe: str, small: Any, tmp_path: Path) -> None:
+    """GPT-OSS: local layers stay, the sinks do not train, and what is loaded is what was written."""
+    donor = tiny_model("gpt_oss", vocab_size=300)
+    expected = logits(donor)
+    donor.save_pretrained(tmp_path / "donor")
+    tiny_tokenizer().save_pretrained(tmp_path / "donor")
+    record = convert(str(tmp_path / "donor"), small(recipe), tmp_path / "out", console=quiet())
+    assert record.train_tokens > 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [mixer.layer_idx for mixer in mixers_of(again)] == [1, 2]
+    with branches(again, "softmax"):
+        torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    assert (logits(again) - expected).abs().max() > 1e-2
+    for layer, old in zip(again.model.layers, donor.model.layers, strict=True):
+        assert torch.equal(layer.self_attn.sinks, old.self_attn.sinks)
 
 
 def assert_record(record: RunRecord, written: dict[str, Any], run: RunConfig, donor: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,24 @@ def test_weights_is_the_cross_entropy(map_heads: str) -> None:
     a = linear_weights(layer).clamp_min(1e-300)
     expected = -(softmax_weights(layer.inputs) * a.log()).sum(-1).mean()
     torch.testing.assert_close(OBJECTIVES["weights"](layer), expected)
+
+
+def test_rows_count_by_what_a_learned_sink_leaves_of_them() -> None:
+    """The donor's own weights, which sum to less than one, also where its output is the target."""
+    layer = target(gate_value=0.3)
+    sink_logits = torch.tensor([-2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    column = sink_logits[None, :, None, None].expand(2, 4, LENGTH, 1)
+    scores = layer.inputs.q @ layer.inputs.k.repeat_interleave(2, 1).mT * layer.inputs.scale
+    scores = scores.masked_fill(~visible(layer.inputs), -torch.inf)
+    p = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    layer = replace(layer, inputs=replace(layer.inputs, sink_logits=sink_logits))
+    expected = -(p * linear_weights(layer).clamp_min(1e-300).log()).sum(-1).mean()
+    torch.testing.assert_close(OBJECTIVES["weights"](layer), expected)
+    near = scores.masked_fill(torch.ones(LENGTH, LENGTH).tril(-3).bool(), -torch.inf)
+    windowed = torch.cat([near, column], -1).softmax(-1)[..., :-1]
+    mixed = (0.3 * windowed + 0.7 * linear_weights(layer)) @ layer.inputs.v.repeat_interleave(2, 1)
+    expected = (mixed - layer.output).square().mean()
+    torch.testing.assert_close(OBJECTIVES["hybrid-output"](layer), expected)
 
 
 @pytest.mark.parametrize("map_heads", ["query", "key_value"])

@@ -47,7 +47,8 @@ MEASURES: dict[str, MeasureKind] = {
     "donor_mass_outside": MeasureKind(
         "Donor's attention outside the window", "share",
         "The share of the donor's softmax weight on keys that the hybrid's window (and sinks) cannot see, "
-        "over queries that have such keys: what there is for a linear branch to do.",
+        "over queries that have such keys: what there is for a linear branch to do. A learned sink's weight "
+        "is on no key.",
     ),
     "hybrid_mass_outside": MeasureKind(
         "Hybrid's attention outside the window", "share",
@@ -205,8 +206,12 @@ def _donor_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
             causal = block.causal
             if inputs.sliding_window is not None:
                 causal = causal & block.within(inputs.sliding_window)
-            weights = _scores(inputs, queries, causal).softmax(-1).masked_fill(~causal, 0)
+            scores = _scores(inputs, queries, causal)
+            weights = scores.softmax(-1).masked_fill(~causal, 0)
             mass[:, :, queries] = (weights * ~block.near).sum(-1)
+            if inputs.sink_logits is not None:  # the sink's weight is on no key
+                seen = scores.logsumexp(-1) - inputs.sink_logits.double()[:, None]
+                mass[:, :, queries] *= seen.sigmoid()
             entropy[:, :, queries] = _entropy(weights)
             eligible[:, :, queries] = (causal & ~block.near).any(-1).double()
         if mixer.config.window is not None:
@@ -238,8 +243,9 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
             alone = products * block.causal
             entropy[:, :, queries] = _entropy(alone / alone.sum(-1, keepdim=True).clamp_min(1e-300))
             mass[:, :, queries] = _mass_outside(
-                mixer, block, _scores(inputs, queries, block.near), products, gate[:, :, queries, None]
-            )
+                mixer, block, _scores(inputs, queries, block.near), products, gate[:, :, queries, None],
+                inputs.sink_logits,
+            )  # fmt: skip
             eligible[:, :, queries] = (block.causal & ~block.near).any(-1).double()
         by_head = _on_all_heads(mixer, (entropy * real).sum(-1))
         totals.add("linear_entropy", mixer.layer_idx, rows, by_head, real.sum(-1))
@@ -274,8 +280,9 @@ def _on_all_heads(mixer: HybridMixer, values: Tensor) -> Tensor:
 
 
 def _mass_outside(
-    mixer: HybridMixer, block: _Block, scores: Tensor, products: Tensor, gate: Tensor
-) -> Tensor:
+    mixer: HybridMixer, block: _Block, scores: Tensor, products: Tensor, gate: Tensor,
+    sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Weight of the hybrid's output on keys outside the window [B, H, C], by the layer's own mixing rule.
 
     Every rule is linear in the values, so with "is this key outside the window" as the value of each key its
@@ -285,14 +292,14 @@ def _mass_outside(
     far = block.causal if config.overlap or config.window is None else block.causal & ~block.near
     weights, outside = products * far, (~block.near).to(products.dtype)
     top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-    exponentials = torch.exp(scores - top).masked_fill(~block.near, 0)
+    sink = None if sink_logits is None else sink_logits.to(top.dtype)[:, None, None]
+    top = top if sink is None else torch.maximum(top, sink)
+    total = torch.exp(scores - top).masked_fill(~block.near, 0).sum(-1, keepdim=True)
+    total = total if sink is None else total + (sink - top).exp()
     linear = Branch(
         (weights * outside).sum(-1, keepdim=True), weights.sum(-1, keepdim=True), far.any(-1, keepdim=True)
     )
-    window = Branch(
-        torch.zeros_like(linear.numerator), exponentials.sum(-1, keepdim=True),
-        block.near.any(-1, keepdim=True),
-    )  # fmt: skip
+    window = Branch(torch.zeros_like(linear.numerator), total, block.near.any(-1, keepdim=True))
     terms = MIXING_RULES[config.mixing](window, linear, gate)
     mass = (terms[0] + terms[1]).squeeze(-1)
     return mass.masked_fill((weights < 0).any(-1), torch.nan)

@@ -45,6 +45,7 @@ def equipoise_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     segment_ids: Tensor | None = None,
+    s_aux: Tensor | None = None,
     equipoise_cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -54,6 +55,8 @@ def equipoise_attention(
         ValueError: a feature of the donor's attention that the hybrid does not carry over.
     """
     _refuse(attention_mask, dropout, kwargs)
+    if s_aux is not None and softcap is not None:
+        raise ValueError("sink logits (s_aux) beside soft-capped scores: no donor tested here has both.")
     if segment_ids is not None:  # one row of positions may stand for the whole batch
         segment_ids = segment_ids.expand(query.shape[0], -1)
     mixer = mixer_of(module)
@@ -66,11 +69,11 @@ def equipoise_attention(
                 "make the cache inside the `branches` block that uses it."
             )
         mask = _last(attention_mask, key.shape[2])
-        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window)
+        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window, s_aux)
         out = donor_attention(inputs)
     else:
         mask = _last(attention_mask, query.shape[2])
-        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window)
+        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window, s_aux)
         out = _converted(mixer, inputs, layer)
     if mixer is not None and mixer.observer is not None:
         mixer.observer(mixer, inputs, out)
@@ -107,9 +110,8 @@ def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any
             "paged continuous batching keeps keys and values in pages; a hybrid's state has none. Call "
             "generate()."
         )
-    for name, meaning in (("s_aux", "attention sinks as logits"), ("position_bias", "position biases")):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"this donor uses {meaning} ({name}), which converted layers do not carry over.")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("this donor uses position biases, which converted layers do not carry over.")
 
 
 def _last(mask: Tensor | None, count: int) -> Tensor | None:

@@ -79,6 +79,7 @@ class LayerInputs:
         key_mask: real tokens; None when all are.
         segment_ids: packed sequences; None when there is one.
         sliding_window: the donor's own window in this layer, None for full attention.
+        sink_logits: the donor's learned score per head of attending to nothing; None where it has none.
     """
 
     q: Float[Tensor, "B H T D"]
@@ -89,12 +90,14 @@ class LayerInputs:
     key_mask: Bool[Tensor, "B S"] | None = None
     segment_ids: Int[Tensor, "B T"] | None = None
     sliding_window: int | None = None
+    sink_logits: Float[Tensor, " H"] | None = None
 
     def detach(self) -> LayerInputs:
         """The same, cut from the graph."""
         return LayerInputs(
             self.q.detach(), self.k.detach(), self.v.detach(), self.scale, self.softcap,
             self.key_mask, self.segment_ids, self.sliding_window,
+            None if self.sink_logits is None else self.sink_logits.detach(),
         )  # fmt: skip
 
 
@@ -190,7 +193,7 @@ class HybridMixer(nn.Module):
             return window_attention(
                 inputs.q, inputs.k, inputs.v, window=mode.window or 0, sinks=mode.sinks, scale=inputs.scale,
                 softcap=inputs.softcap, key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
-                initial_state=state, output_final_state=keep_state,
+                sink_logits=inputs.sink_logits, initial_state=state, output_final_state=keep_state,
             )  # fmt: skip
         return self.hybrid(
             inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state,
@@ -201,8 +204,10 @@ class HybridMixer(nn.Module):
         """The same of the heads that have a linear branch."""
         if self.config.linear_heads is None:
             return inputs
-        q, k, v = heads_of(self.config.linear_heads, inputs.q, inputs.k, inputs.v)
-        return replace(inputs, q=q, k=k, v=v)
+        heads = self.config.linear_heads
+        q, k, v = heads_of(heads, inputs.q, inputs.k, inputs.v)
+        sinks = None if inputs.sink_logits is None else inputs.sink_logits[list(heads)]
+        return replace(inputs, q=q, k=k, v=v, sink_logits=sinks)
 
     def hybrid(
         self,
@@ -228,6 +233,8 @@ class HybridMixer(nn.Module):
             "layout": config.layout, "gate": self.gate(inputs.q), "scale": inputs.scale,
             "softcap": inputs.softcap, "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
             "branches": _for_rows(branches, inputs.q.shape[0]), "sinks": config.sinks,
+            # of softmax's denominator: linear attention alone has none that it could join
+            "sink_logits": None if window is None else inputs.sink_logits,
             "initial_state": state, "output_final_state": keep_state,
         }  # fmt: skip
         if config.linear_heads is not None:

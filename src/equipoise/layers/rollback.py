@@ -77,7 +77,8 @@ class Past:
         """Remember what is being read."""
         # copies: views of a call's projections would keep all of them
         k, v = inputs.k.detach().clone(), inputs.v.detach().clone()
-        self.checkpoints[-1].parts.append(replace(inputs, q=_blank(inputs.q, len(k)), k=k, v=v))
+        part = replace(inputs, q=_blank(inputs.q, len(k)), k=k, v=v, sink_logits=None)
+        self.checkpoints[-1].parts.append(part)
 
     def back(self, count: int, advance: Advance) -> AttentionState | None:
         """The state ``count`` >= 1 tokens ago, at most `length`; what came later is forgotten."""
@@ -121,5 +122,5 @@ def _mapped(inputs: LayerInputs, function: Callable[[Tensor], Tensor]) -> LayerI
 
 
 def _blank(q: Tensor, rows: int) -> Tensor:
-    """Queries without content: states do not depend on them, operators only ask for their shape."""
+    """Queries without content: no state depends on them, nor on sink logits."""
     return q.new_zeros(()).expand(rows, *q.shape[1:])

@@ -13,6 +13,7 @@ SUPPORTED: tuple[str, ...] = (
     "glm4",
     "gpt2",
     "gpt_neox",
+    "gpt_oss",
     "granite",
     "llama",
     "mistral",
@@ -47,7 +48,6 @@ REFUSED: dict[str, str] = {
     "deepseek_v3": _LATENT,
     "minicpm3": _LATENT,
     "jetmoe": "routes attention heads through experts, so a layer has no fixed heads to give feature maps to",
-    "gpt_oss": "adds learned sink logits to its softmax, which converted layers do not carry over",
     "gemma3": "is the vision-language model; convert its text model (gemma3_text)",
     **dict.fromkeys(
         (

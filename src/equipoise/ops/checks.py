@@ -13,6 +13,7 @@ def check_arguments(call: Call) -> None:
     """Raise ValueError with expected, got and fix; see `hybrid_attention` for the contract."""
     _check_shapes(call)
     _check_window(call)
+    _check_sink_logits(call)
     _check_features(call)
     _check_masks(call)
     _check_mixing(call)
@@ -57,12 +58,22 @@ def _check_window(call: Call) -> None:
             raise ValueError(
                 f"sinks join the window's softmax: with window=None expected sinks=0, got {call.sinks}."
             )
+        if call.sink_logits is not None:
+            raise ValueError("sink_logits join the window's softmax: with window=None expected None.")
     elif call.window < 0 or (call.window == 0 and not call.sinks):
         raise ValueError(
             f"expected a window of at least 1 token (or None for no window branch), got {call.window}."
         )
     elif call.window == 0 and call.layout == "terraced":
         raise ValueError("a terraced layout needs a window of at least 1 token, got 0.")
+
+
+def _check_sink_logits(call: Call) -> None:
+    logits = call.sink_logits
+    if logits is not None and list(logits.shape) != [call.q.shape[1]]:
+        raise ValueError(
+            f"expected sink_logits of one number a query head, [{call.q.shape[1]}], got {list(logits.shape)}."
+        )
 
 
 def _check_features(call: Call) -> None:

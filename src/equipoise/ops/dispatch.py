@@ -189,7 +189,7 @@ def needs_gradient(call: Call) -> bool:
     """Whether autograd records this call."""
     if not torch.is_grad_enabled():
         return False
-    tensors = (call.q, call.k, call.v, call.phi_q, call.phi_k, call.gate)
+    tensors = (call.q, call.k, call.v, call.phi_q, call.phi_k, call.gate, call.sink_logits)
     if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         return True
     return any(_may_learn(phi) for phi in (call.phi_q, call.phi_k))

@@ -42,6 +42,7 @@ def subset_attention(
     segment_ids: Int[Tensor, "B T"] | None = None,
     branches: Branches | None = None,
     sinks: int = 0,
+    sink_logits: Float[Tensor, " H"] | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
@@ -60,7 +61,8 @@ def subset_attention(
     parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1])
     near, window_state = window_attention(
         q, k, v, window=window, layout=layout, scale=scale, softcap=softcap, key_mask=key_mask,
-        segment_ids=segment_ids, sinks=sinks, initial_state=parts[0], output_final_state=output_final_state,
+        segment_ids=segment_ids, sinks=sinks, sink_logits=sink_logits, initial_state=parts[0],
+        output_final_state=output_final_state,
     )  # fmt: skip
     far, linear_state = linear_attention(
         *heads_of(heads, q, k, v), phi_q, phi_k, key_mask=key_mask, segment_ids=segment_ids,

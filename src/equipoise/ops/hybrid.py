@@ -33,6 +33,7 @@ def hybrid_attention(
     segment_ids: Int[Tensor, "B T"] | None = None,
     branches: Branches | None = None,
     sinks: int = 0,
+    sink_logits: Float[Tensor, " H"] | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
     reuse_state: bool = False,
@@ -63,6 +64,8 @@ def hybrid_attention(
         branches: which branches run, see `Branches`; both where None.
         sinks: the first so many real tokens of a segment join every window (and leave the linear branch's key
             set when disjoint).
+        sink_logits: a learned score per head of attending to nothing (GPT-OSS): one more key in each window's
+            softmax, of this score and value 0. Neither scaled nor soft-capped; no key of the linear branch.
         initial_state: where an earlier call with the same settings stopped.
         output_final_state: whether to return a state to resume from.
         reuse_state: the caller gives ``initial_state`` away: its sums may be updated in place. Only without
@@ -82,6 +85,7 @@ def hybrid_attention(
         lagging=window is not None and not overlap, scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches or _BOTH,
         sinks=sinks, state=initial_state, chunk_size=chunk_size, reuse_state=reuse_state,
+        sink_logits=sink_logits,
     )  # fmt: skip
     check_arguments(call)
     # Entering a context costs as much as half a step of decoding.
@@ -103,13 +107,14 @@ def window_attention(
     key_mask: Bool[Tensor, "B T"] | None = None,
     segment_ids: Int[Tensor, "B T"] | None = None,
     sinks: int = 0,
+    sink_logits: Float[Tensor, " H"] | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
     """Softmax attention over the last ``window`` tokens and the sinks; arguments as in `hybrid_attention`."""
     return hybrid_attention(
         q, k, v, None, None, window=window, layout=layout, scale=scale, softcap=softcap, key_mask=key_mask,
-        segment_ids=segment_ids, sinks=sinks, initial_state=initial_state,
+        segment_ids=segment_ids, sinks=sinks, sink_logits=sink_logits, initial_state=initial_state,
         output_final_state=output_final_state,
     )  # fmt: skip
 

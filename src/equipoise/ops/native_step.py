@@ -76,6 +76,7 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         fold_phi, fold_v = _map(call.phi_k, call.k), _plain(v)
     gate, weight = _gate(call)
     out = torch.empty(batch, heads, 1, value_size)
+    sink = None if call.sink_logits is None else _plain(call.sink_logits)
     NATIVE.step(
         (batch, kv_heads, heads // kv_heads, memories, history, size, value_size, features),
         (
@@ -86,6 +87,7 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         ),
         (call.scale, call.softcap or 0.0, EPSILON, weight),
         (call.q.dtype is torch.bfloat16, call.lagging, call.mixing == "shared"),
+        0 if sink is None else sink.data_ptr(),
     )  # fmt: skip
     return (out if call.q.dtype is torch.float32 else out.to(call.q.dtype)), state
 

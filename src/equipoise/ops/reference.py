@@ -82,6 +82,7 @@ def hybrid_attention_reference(
     segment_ids: Tensor | None = None,
     branches: Branches | None = None,
     sinks: int = 0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Quadratic hybrid attention [B, H, T, E].
 
@@ -117,20 +118,28 @@ def hybrid_attention_reference(
             )
             alone = branches.reading == "renormalised" or window is None or phi_k is None
             far = causal if overlap or window is None else causal & ~near
-            out.append(_mixed(scores, products, value, causal, near, far, gates[b, h], mixing, flags, alone))
+            sink = None if sink_logits is None else sink_logits[h].to(scores.dtype)
+            out.append(
+                _mixed(scores, products, value, causal, near, far, gates[b, h], mixing, flags, alone, sink)
+            )
     result = torch.stack(out).view(batch, heads, length, -1)
     return result if key_mask is None else result.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def _mixed(
     scores: Tensor, products: Tensor, value: Tensor, causal: Tensor, near: Tensor, far: Tensor,
-    gate: Tensor, mixing: str, flags: tuple[bool, bool], alone: bool,
+    gate: Tensor, mixing: str, flags: tuple[bool, bool], alone: bool, sink: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """One head's output [T, E] from its [T, T] scores, products of features and masks."""
     top = scores.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)
     top = torch.where(near.any(-1, keepdim=True), top, 0.0)
+    if sink is not None:
+        top = torch.where(near.any(-1, keepdim=True), torch.maximum(top, sink), sink)
     exponentials = torch.where(near, scores - top, -torch.inf).exp()
-    softmax = _ratio(exponentials @ value, exponentials.sum(-1, keepdim=True))
+    mass = exponentials.sum(-1, keepdim=True)
+    if sink is not None:
+        mass = mass + (sink - top).exp()
+    softmax = _ratio(exponentials @ value, mass)
     if alone and flags == (True, False):
         return softmax
     if alone and flags == (False, True):
@@ -141,7 +150,7 @@ def _mixed(
         gate = torch.where(far.any(-1, keepdim=True), gate, 1.0)
         terms = gate * softmax, (1 - gate) * _ratio(weights @ value, weights.sum(-1, keepdim=True))
     else:
-        total = gate * exponentials.sum(-1, keepdim=True) + weights.sum(-1, keepdim=True)
+        total = gate * mass + weights.sum(-1, keepdim=True)
         terms = _ratio(gate * exponentials @ value, total), _ratio(weights @ value, total)
     return terms[0] * flags[0] + terms[1] * flags[1]
 
@@ -234,6 +243,7 @@ def donor_softmax_reference(
     window: int | None = None,
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(softmax weights [B, H, T, T], pairs they may cover [B, 1, T, T]); rows of padding see nothing."""
     batch, length = q.shape[0], q.shape[2]
@@ -249,7 +259,11 @@ def donor_softmax_reference(
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., :length]
     return torch.where(mask.any(-1, keepdim=True), weights, 0.0), mask
 
 

@@ -65,8 +65,12 @@ def _window(
         scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
     if torch.compiler.is_compiling() or not bool(valid.all()):  # a graph cannot look
         scores.view(batch, heads, -1).masked_fill_(~valid[:, None], -torch.inf)
+    if call.sink_logits is not None:
+        column = call.sink_logits.to(dtype).view(1, groups, -1, 1).expand(batch, -1, -1, 1)
+        scores = torch.cat([scores, column.reshape(batch * groups, -1, 1)], -1)
     probabilities = scores.softmax(-1)
-    out = torch.bmm(probabilities, values.to(dtype).flatten(0, 1)).view(batch, heads, 1, -1)
+    seen = probabilities[..., : keys.shape[2]]  # all but the sink's: its value is 0
+    out = torch.bmm(seen, values.to(dtype).flatten(0, 1)).view(batch, heads, 1, -1)
     if call.mixing != "shared":
         return out, None
     return out, (1 / probabilities.amax(-1)).view(batch, heads, 1, 1)

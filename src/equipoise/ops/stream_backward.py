@@ -30,11 +30,11 @@ from equipoise.ops.types import Call, FeatureMapLike
 
 
 def run(call: Call) -> Tensor:
-    """The output [B, H, T, E], differentiable in q, k, v, the features and the gate."""
+    """The output [B, H, T, E], differentiable in q, k, v, the features, the gate and sink logits."""
     call = replace(call, phi_q=_mapped(call.phi_q, call.q, call), phi_k=_mapped(call.phi_k, call.k, call))
     weights = mixing_weights(Stream(call))
     return _Stream.apply(  # pyright: ignore[reportReturnType]
-        call.q, call.k, call.v, call.phi_q, call.phi_k, weights.window, weights.linear, call
+        call.q, call.k, call.v, call.phi_q, call.phi_k, weights.window, weights.linear, call.sink_logits, call
     )
 
 
@@ -51,25 +51,28 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None,
-        weight_window: Tensor | None, weight_linear: Tensor | None, call: Call,
+        weight_window: Tensor | None, weight_linear: Tensor | None, sink_logits: Tensor | None, call: Call,
     ) -> Tensor:  # fmt: skip
-        stream = Stream(replace(call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k))
+        stream = Stream(replace(call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, sink_logits=sink_logits))
         out, _ = attend(stream, Sums(stream), Weights(weight_window, weight_linear))
-        ctx.save_for_backward(q, k, v, phi_q, phi_k, weight_window, weight_linear)
-        ctx.call = replace(call, q=q.detach(), k=k.detach(), v=v.detach(), phi_q=None, phi_k=None, gate=0.5)
+        ctx.save_for_backward(q, k, v, phi_q, phi_k, weight_window, weight_linear, sink_logits)
+        ctx.call = replace(
+            call, q=q.detach(), k=k.detach(), v=v.detach(), phi_q=None, phi_k=None, gate=0.5, sink_logits=None
+        )
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, phi_q, phi_k, weight_window, weight_linear = ctx.saved_tensors
-        call = replace(ctx.call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k)
+        q, k, v, phi_q, phi_k, weight_window, weight_linear, sink_logits = ctx.saved_tensors
+        call = replace(ctx.call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, sink_logits=sink_logits)
         with torch.autocast(grads[0].device.type, enabled=False):
             found = _Backward(Stream(call), Weights(weight_window, weight_linear), grads[0])
-            found.run(attention=any(ctx.needs_input_grad[:2]))
-        inputs = (q, k, v, phi_q, phi_k, weight_window, weight_linear)
+            found.run(attention=any(ctx.needs_input_grad[i] for i in (0, 1, 7)))
+        inputs = (q, k, v, phi_q, phi_k, weight_window, weight_linear, sink_logits)
         totals = (
-            found.q, found.k, found.v, found.phi_q, found.phi_k, found.weight_window, found.weight_linear
+            found.q, found.k, found.v, found.phi_q, found.phi_k, found.weight_window, found.weight_linear,
+            found.sink_logits,
         )  # fmt: skip
         given = (
             None if total is None or like is None else total.to(like.dtype)
@@ -101,6 +104,7 @@ class _Backward:
         self.phi_k = None if call.phi_k is None else self._zeros(cast(Tensor, call.phi_k))
         self.weight_window = None if weights.window is None else self._zeros(weights.window)
         self.weight_linear = None if weights.linear is None else self._zeros(weights.linear)
+        self.sink_logits = None if call.sink_logits is None else self._zeros(call.sink_logits)
         self.memories = 0 if self.phi_k is None else self.phi_k.shape[1]
         self.chunks: list[_Chunk] = []
         if self.phi_k is not None:
@@ -111,7 +115,7 @@ class _Backward:
         return torch.zeros(like.shape, dtype=self.stream.dtype, device=like.device)
 
     def run(self, *, attention: bool) -> None:
-        """Both sweeps; ``attention`` is whether queries and keys want the gradient of the scores."""
+        """Both sweeps; ``attention`` is whether anything wants the gradient of the scores."""
         sums = Sums(self.stream)
         for rows in self.stream.chunks():
             part = self.stream.row_slice(rows)
@@ -136,7 +140,7 @@ class _Backward:
         out = torch.bmm(probabilities, values)
         add_rows(self.weight_window, part, (grad * out.view_as(grad)).sum(-1, keepdim=True))
         pulled = group(grad * rows_of(self.weights.window, part), stream.kv_heads)
-        self._add(self.v, stream.band(rows), torch.bmm(probabilities.mT, pulled))
+        self._add_window_values(rows, torch.bmm(probabilities.mT, pulled))
         if attention:
             slopes = torch.bmm(pulled, values.mT).sub_((pulled * out).sum(-1, keepdim=True))
             self._scores(rows, slopes.mul_(probabilities), slope, queries, keys)
@@ -144,14 +148,21 @@ class _Backward:
     def _scores(
         self, rows: slice, slopes: Tensor, softcap: Tensor | None, queries: Tensor, keys: Tensor
     ) -> None:
-        """Gradients of queries and keys from those of the scores [B * N, H / N * c, X]."""
+        """Gradients of queries, keys and sink logits from those of the scores [B * N, H / N * c, X]."""
         stream = self.stream
+        if self.sink_logits is not None:
+            self.sink_logits += slopes[..., -1].reshape(stream.batch, stream.heads, -1).sum((0, 2))
+            slopes = slopes[..., :-1]
         if softcap is not None:
             slopes = slopes * softcap
         pulled = torch.bmm(slopes, keys).mul_(stream.call.scale)
         part = self.q[:, :, stream.row_slice(rows)]
         part += pulled.view(part.shape)
         self._add(self.k, stream.band(rows), torch.bmm(slopes.mT, queries))
+
+    def _add_window_values(self, rows: slice, part: Tensor) -> None:
+        """Gradients of the window's values [B * N, X, E]; the sink's, which come last, go nowhere."""
+        self._add(self.v, self.stream.band(rows), part if self.sink_logits is None else part[:, :-1])
 
     def _add(self, total: Tensor, columns: slice, part: Tensor) -> None:
         target = total[:, :, columns]
@@ -266,7 +277,7 @@ class _Backward:
         add_rows(self.weight_window, part, (numerators * summed).sum(-1, keepdim=True) + denominators * mass)
         pulled = group(numerators * gamma, stream.kv_heads)
         exponentials = probabilities * group(mass, stream.kv_heads)
-        self._add(self.v, stream.band(rows), torch.bmm(exponentials.mT, pulled))
+        self._add_window_values(rows, torch.bmm(exponentials.mT, pulled))
         slopes = torch.bmm(pulled, values.mT).add_(group(denominators * gamma, stream.kv_heads))
         slopes.mul_(exponentials)
         largest = (probabilities == probabilities.amax(-1, keepdim=True)).to(slopes.dtype)

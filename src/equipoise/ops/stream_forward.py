@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from equipoise.ops.stream import Stream, Weights
 from equipoise.ops.stream_plain import Plain, is_plain
-from equipoise.ops.stream_sums import Sums, group, safe, spread
+from equipoise.ops.stream_sums import Sums, group, safe, sink_column, spread
 from equipoise.ops.types import AttentionState, Call
 
 
 def window_weights(stream: Stream, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """(softmax [B * N, H / N * c, X], scaled queries, d score / d product or None, keys, values) of a chunk.
 
-    The scores themselves are what a mixing rule with a shared denominator needs; see `window_mass`.
+    The scores themselves are what a mixing rule with a shared denominator needs; see `window_mass`. Where
+    there are sink logits the softmax has a last column for them, and the values a last row of zeros.
     """
     call, band = stream.call, stream.band(rows)
     keys, values = stream.key_values(band)
@@ -32,6 +34,10 @@ def window_weights(stream: Stream, rows: slice) -> tuple[Tensor, Tensor, Tensor 
     bias, _ = stream.block(rows, band, "window")
     assert bias is not None
     scores.view(stream.batch, stream.heads, -1, scores.shape[-1]).add_(bias)
+    sink = sink_column(stream, rows)
+    if sink is not None:
+        scores = torch.cat([scores, sink], -1)
+        values = functional.pad(values, (0, 0, 0, 1))
     return scores.softmax(-1), queries, slope, keys, values
 
 

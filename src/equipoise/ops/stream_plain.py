@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.stream import Stream, Weights
-from equipoise.ops.stream_sums import Sums, group, safe, spread
+from equipoise.ops.stream_sums import Sums, group, safe, sink_column, spread
 from equipoise.ops.types import Call
 
 LOG2_E = math.log2(math.e)
@@ -101,10 +101,14 @@ class Plain:
         bias, width = self._bias(rows), keys.shape[1]
         scores = self._buffer("scores", batch, count, width)
         torch.baddbmm(bias, queries, keys.mT, alpha=self.stream.call.scale * LOG2_E, out=scores)
-        scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+        top, sink = scores.amax(-1, keepdim=True), sink_column(self.stream, rows)
+        if sink is not None:
+            top = torch.maximum(top, sink.mul_(LOG2_E))
+        scores.sub_(top).exp2_()
         out = self._buffer("window", batch, count, values.shape[2])
         torch.bmm(scores, values, out=out)
-        return out, scores.sum(-1, keepdim=True)
+        mass = scores.sum(-1, keepdim=True)
+        return out, mass if sink is None else mass + (sink - top).exp2()
 
     def _bias(self, rows: slice) -> Tensor:
         """[1, G * c, keys of the band]: 0 for keys in a row's window, else next to -inf."""

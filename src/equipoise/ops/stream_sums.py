@@ -84,6 +84,15 @@ def group(rows: Tensor, groups: int) -> Tensor:
     return rows.reshape(batch * groups, heads // groups * count, size)
 
 
+def sink_column(stream: Stream, rows: slice) -> Tensor | None:
+    """The sink logits beside a chunk's scores [B * N, H / N * c, 1], in new memory; None without any."""
+    logits = stream.call.sink_logits
+    if logits is None:
+        return None
+    shape = (stream.batch, stream.heads, rows.stop - rows.start, 1)
+    return group(logits.to(stream.dtype)[None, :, None, None].expand(shape).clone(), stream.kv_heads)
+
+
 def spread(values: Tensor, heads: int) -> Tensor:
     """[B, N, n, E] -> [B, heads, n, E], each repeated for the heads that share it."""
     return values if values.shape[1] == heads else values.repeat_interleave(heads // values.shape[1], 1)

@@ -35,6 +35,13 @@ def _scores(donor: Donor, rows: slice, columns: slice, dtype: torch.dtype) -> Te
     return scores if donor.softcap is None else scores.div_(donor.softcap).tanh_().mul_(donor.softcap)
 
 
+def seen_share(donor: Donor, logsumexp: Tensor) -> Tensor | float:
+    """What the donor's weights on keys sum to in each row [B, H, T]: all but its sink's."""
+    if donor.sink_logits is None:
+        return 1.0
+    return torch.sigmoid(logsumexp - donor.sink_logits.to(logsumexp.dtype)[:, None])
+
+
 def _hidden(donor: Donor, rows: slice, columns: slice) -> Tensor | None:
     """Pairs that do not count [B or 1, 1, rows, columns]; None if all do."""
     i = torch.arange(rows.start, rows.stop, device=donor.q.device)[:, None]
@@ -72,6 +79,7 @@ class _TransferCrossEntropy(torch.autograd.Function):
             present = total[:, :, rows] != 0  # NaN is present, and must show
             logarithm = torch.where(present, total[:, :, rows], 1.0).log()
             loss[:, :, rows] = torch.where(present, logarithm - cross, 0.0)
+        loss *= seen_share(donor, logsumexp)
         ctx.save_for_backward(phi_q, phi_k, logsumexp, total)
         ctx.donor = donor
         return loss
@@ -88,7 +96,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     donor: Donor = ctx.donor
     length, memories = phi_q.shape[2], phi_k.shape[1]
     present = total != 0
-    grad = torch.where(present, grad, 0.0)
+    grad = torch.where(present, grad, 0.0) * seen_share(donor, logsumexp)
     over_total = grad / torch.where(present, total, 1.0)
     grad_q, grad_k = torch.zeros_like(phi_q), torch.zeros_like(phi_k)
     for start in range(0, length, BLOCK):

@@ -35,6 +35,7 @@ def transfer_cross_entropy(
     window: int | None = None,
     key_mask: Bool[Tensor, "B T"] | None = None,
     segment_ids: Int[Tensor, "B T"] | None = None,
+    sink_logits: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H T"]:
     """Cross-entropy of each row from the donor's softmax weights to linear attention's; differentiable in phi
     only.
@@ -45,13 +46,15 @@ def transfer_cross_entropy(
         scale, softcap, window: of the donor's attention in this layer (window None for full attention).
         key_mask: True for real tokens; rows of padding, or without a key, have loss 0.
         segment_ids: packed sequences.
+        sink_logits: the donor's scores of attending to nothing: its weights p_ij then sum to less than one,
+            and a row counts for as much as they do.
 
     Raises:
         BackendError: the backend asked for cannot run it.
     """
     donor = Donor(
         q=q.detach(), k=k.detach(), scale=scale, softcap=softcap, window=window, key_mask=key_mask,
-        segment_ids=segment_ids,
+        segment_ids=segment_ids, sink_logits=None if sink_logits is None else sink_logits.detach(),
     )  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         return dispatch.run_transfer(phi_q, phi_k, donor)

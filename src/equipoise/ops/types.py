@@ -163,6 +163,7 @@ class Call:
     state: AttentionState | None
     chunk_size: int
     reuse_state: bool = False
+    sink_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,7 @@ class Donor:
         q, k: its queries [B, H, T, D] and keys [B, N, T, D].
         scale, softcap, window: of its scores; no softcap or window where None.
         key_mask, segment_ids: real tokens and packed sequences [B, T]; all and one where None.
+        sink_logits: learned score per head of attending to nothing [H]; none where None.
     """
 
     q: Tensor
@@ -182,6 +184,7 @@ class Donor:
     window: int | None = None
     key_mask: Tensor | None = None
     segment_ids: Tensor | None = None
+    sink_logits: Tensor | None = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -124,9 +124,14 @@ class Walk:
         if self.call.softcap is not None:
             scores = torch.tanh(scores / self.call.softcap) * self.call.softcap
         scores = scores.masked_fill(~mask, -torch.inf)
+        if self.call.sink_logits is not None:
+            logits = self.call.sink_logits.to(self.dtype)[None, :, None, None]
+            scores = torch.cat([logits.expand(*scores.shape[:3], 1), scores], -1)
         top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(self.dtype).min)
         weights = torch.exp(scores - top)
-        return Branch(_weighted(weights, values), weights.sum(-1, keepdim=True), mask.any(-1, keepdim=True))
+        mass = weights.sum(-1, keepdim=True)
+        seen = weights[..., -keys.shape[2] :]  # all but the sink's: its value is 0
+        return Branch(_weighted(seen, values), mass, mask.any(-1, keepdim=True))
 
     def _linear(self, start: int, rows: slice) -> Branch:
         columns = self._linear_columns(rows)

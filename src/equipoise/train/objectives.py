@@ -68,6 +68,7 @@ def weights(target: LayerTarget) -> Tensor:
         transfer_cross_entropy(
             inputs.q, inputs.k, phi_q, phi_k, scale=inputs.scale, softcap=inputs.softcap,
             window=inputs.sliding_window, key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
+            sink_logits=inputs.sink_logits,
         )
     )  # fmt: skip
 

@@ -26,6 +26,7 @@
 typedef struct {
     Py_ssize_t batch, kv_heads, groups, memories, history, size, value_size, features;
     const float *q, *phi_q, *gate, *fold_phi, *fold_v; /* gate: a number per head, or NULL for `weight` */
+    const float *sink; /* score per head of attending to nothing, or NULL */
     const void *k, *v;
     void *keys, *values;
     uint8_t *valid;
@@ -121,11 +122,12 @@ INLINE void sums(const Step *s, const float *w, const void *rows, Py_ssize_t at,
         float_sums(w, (const float *)rows + at * s->value_size, n, s->value_size, out);
 }
 
-/* The window's softmax of one query [D] over `history` kept tokens and the new one: out [E], returns the mass. */
-INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, const float *q, float *restrict out) {
+/* The window's softmax of query head h over `history` kept tokens and the new one: out [E], returns the mass. */
+INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, Py_ssize_t h, float *restrict out) {
     const Py_ssize_t E = s->value_size, R = s->history, at = b * s->kv_heads + n;
     const uint8_t *restrict valid = s->valid + b * R;
-    float *restrict scores = s->scratch, top = -INFINITY, mass = 0;
+    const float *q = s->q + (b * s->kv_heads * s->groups + h) * s->size;
+    float *restrict scores = s->scratch, top = s->sink ? s->sink[h] : -INFINITY, mass = 0;
     products(s, q, s->keys, at * R, R, scores);
     products(s, q, s->k, at, 1, scores + R);
     for (Py_ssize_t j = 0; j <= R; j++) scores[j] *= s->scale;
@@ -136,6 +138,7 @@ INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, const float *q, f
     for (Py_ssize_t j = 0; j <= R; j++) scores[j] = exponential(scores[j] - top);
     for (Py_ssize_t j = 0; j < R; j++) scores[j] = valid[j] ? scores[j] : 0;
     for (Py_ssize_t j = 0; j <= R; j++) mass += scores[j];
+    if (s->sink) mass += exponential(s->sink[h] - top);
     for (Py_ssize_t e = 0; e < E; e++) out[e] = 0;
     sums(s, scores, s->values, at * R, R, out);
     sums(s, scores + R, s->v, at, 1, out);
@@ -228,7 +231,7 @@ INLINE void key_head(const Step *s, Py_ssize_t b, Py_ssize_t n) {
     const Py_ssize_t own = s->memories / s->kv_heads, share = H / s->memories;
     float *far = s->scratch + R + 1, *near = far + E, *mass = near + G * E;
     for (Py_ssize_t g = 0; g < G; g++)
-        mass[g] = window(s, b, n, s->q + (b * H + n * G + g) * s->size, near + g * E);
+        mass[g] = window(s, b, n, n * G + g, near + g * E);
     shift(s->keys, b * s->kv_heads + n, R, s->size, s->k, s->half);
     shift(s->values, b * s->kv_heads + n, R, E, s->v, s->half);
     const float *value = s->fold_v + (b * s->kv_heads + n) * E;
@@ -261,11 +264,11 @@ CLONES static void run(const Step *s) {
 
 static PyObject *step(PyObject *self, PyObject *args) {
     Step s;
-    unsigned long long p[14];
+    unsigned long long p[14], sink = 0;
     int ok = PyArg_ParseTuple(
-        args, "(nnnnnnnn)(KKKKKKKKKKKKKK)(ffff)(ppp)", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
+        args, "(nnnnnnnn)(KKKKKKKKKKKKKK)(ffff)(ppp)|K", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
         &s.size, &s.value_size, &s.features, &p[0], &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9],
-        &p[10], &p[11], &p[12], &p[13], &s.scale, &s.softcap, &s.epsilon, &s.weight, &s.half, &s.lagging, &s.shared);
+        &p[10], &p[11], &p[12], &p[13], &s.scale, &s.softcap, &s.epsilon, &s.weight, &s.half, &s.lagging, &s.shared, &sink);
     (void)self;
     if (!ok) return NULL;
     s.q = (const float *)(uintptr_t)p[0];
@@ -282,6 +285,7 @@ static PyObject *step(PyObject *self, PyObject *args) {
     s.normalizer = (float *)(uintptr_t)p[11];
     s.folded = (int64_t *)(uintptr_t)p[12];
     s.out = (float *)(uintptr_t)p[13];
+    s.sink = (const float *)(uintptr_t)sink;
     s.scratch = malloc(sizeof(float) * (size_t)(s.history + 1 + s.value_size + s.groups * (s.value_size + 1)));
     if (!s.scratch) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS

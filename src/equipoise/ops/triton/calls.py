@@ -28,6 +28,8 @@ def unsupported(call: Call) -> str | None:
         return reason
     if max(call.q.shape[3], call.v.shape[3]) > LARGEST:
         return f"head_dim above {LARGEST}"
+    if call.sink_logits is not None:
+        return "learned sink logits"
     return unsupported_by_stream(call)
 
 
@@ -36,6 +38,8 @@ def unsupported_transfer(phi_q: Tensor, donor: Donor) -> str | None:
     reason = _misplaced(donor.q) or _misplaced(phi_q)
     if reason is None and donor.q.shape[3] > LARGEST:
         return f"head_dim above {LARGEST}"
+    if reason is None and donor.sink_logits is not None:
+        return "learned sink logits"
     return reason
 
 
