@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from equipoise import __version__
 from equipoise.audit.documents import text_fingerprint
 from equipoise.audit.evaluate import STATES, DocumentScores, RunNote, audit_model
 from equipoise.audit.report import AuditReport, Donor, Metric, RunAudit, console_table, write_audit
+from equipoise.bars import counted
 from equipoise.config import RunConfig
 from equipoise.data.packing import EvaluationWindow, evaluation_windows
 from equipoise.data.sources import load_documents
@@ -175,7 +175,7 @@ def _audit(
 ) -> tuple[RunAudit, Any, DocumentScores]:
     batch_size = 16
     batches = -(-len(windows) // batch_size) * (len(STATES) + 1)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         task = bar.add_task(f"{place.name} audit", total=batches)
         return audit_model(
             load_model(str(place)), windows, RunNote.read(place), batch_size=batch_size, donor=donor,

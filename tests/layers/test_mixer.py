@@ -157,7 +157,7 @@ class _Attention(nn.Module):
         ({"attention_mask": torch.ones(2, 1, 30, 30)}, r"2D padding mask .* of shape \[2, 1, 30, 30\]"),
         ({"dropout": 0.1}, "dropout 0, got 0.1"),
         ({"cache": object()}, "paged continuous batching"),
-        ({"s_aux": torch.zeros(4)}, "attention sinks as logits .s_aux."),
+        ({"s_aux": torch.zeros(4), "softcap": 2.0}, "sink logits .s_aux. beside soft-capped"),
         ({"position_bias": torch.zeros(1)}, "position biases"),
         ({"attention_mask": torch.ones(2, 20)}, "covers past and new tokens .30 or more., got 20"),
     ],

@@ -94,11 +94,6 @@ def test_a_narrow_terminal_keeps_the_figures_that_matter(width: int) -> None:
     assert ("━" in lines[-1]) == (width == 100)
 
 
-@pytest.mark.parametrize(("room", "expected"), [(20, "loss 1.25, grad 2"), (12, "loss 1.25…"), (7, "")])
-def test_words_are_cut_to_the_room_there_is(room: int, expected: str) -> None:
-    assert progress.fitted("loss 1.25, grad 2", room) == expected
-
-
 def test_other_logs_are_not_shown() -> None:
     target, text = console(terminal=False)
     report = ProgressReport(target, "x")

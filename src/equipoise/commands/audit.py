@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from equipoise.bars import counted
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.options import (
     ContextLength,
@@ -291,15 +292,13 @@ def score(
     console: Console,
 ) -> tuple[RunAudit, Any, DocumentScores]:
     """Audit one model, with a bar where there is a terminal."""
-    from rich.progress import Progress
-
     from equipoise.audit.evaluate import STATES, audit_model
     from equipoise.models.load import load_model
 
     states = len(STATES) + (donor is None)  # the control, and the donor unless its scores are known
     batches = -(-len(windows) // options.batch_size)
     model = load_model(subject.model)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         task = bar.add_task(subject.note.recipe, total=states * batches)
         scored = audit_model(
             model, windows, subject.note, batch_size=options.batch_size, resamples=options.resamples,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from equipoise.bars import counted
 from equipoise.commands.failures import UsageError
 from equipoise.commands.output import progress, results, say
 
@@ -98,8 +99,6 @@ def context_length(models: list[str], wanted: int | None) -> int:
 
 def audit_one(model: str, length: int, options: AuditOptions, console: Console) -> tuple[NativeAudit, str]:
     """Read the text with the model's own tokenizer, and audit the model on it."""
-    from rich.progress import Progress
-
     from equipoise.audit.evaluate import RunNote
     from equipoise.audit.native import prepare, run_native
     from equipoise.audit.native_scores import passes
@@ -117,7 +116,7 @@ def audit_one(model: str, length: int, options: AuditOptions, console: Console) 
         f"auditing {model} on {words}: {scored} documents, {len(job.split.scored)} contexts of up to "
         f"{length} tokens, {passes(job.states)} times (--documents sets how many)",
     )
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         task = bar.add_task(note.recipe, total=job.ticks(options.batch_size))
         audit = run_native(
             loaded, job, name=model, batch_size=options.batch_size, resamples=options.resamples,

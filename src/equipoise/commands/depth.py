@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from equipoise.bars import counted
 from equipoise.commands.audit import AuditOptions, _context_length, inspect, read_text
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.options import (
@@ -184,8 +185,5 @@ class _Bars:
 
 @contextmanager
 def _bars(console: Console, batches: int) -> Generator[_Bars]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with counted(console) as bars:
         yield _Bars(bars, batches)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from equipoise.bars import counted
 from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.options import AnyModel, Resamples
 from equipoise.commands.output import progress, quieten, results, say
@@ -210,13 +211,10 @@ def _details(text: str | None) -> dict[str, Any]:
 
 def _run(plan: Plan, known: dict[str, StateScores], console: Console) -> dict[str, StateScores]:
     """Run states with a bar where there is a terminal, and a line for each."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from equipoise.evaluate.benchmark_run import run_states
     from equipoise.evaluate.states import BranchState
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         line = bar.add_task("loading", total=None)
 
         def watch(state: BranchState, answered: int, asked: int) -> None:

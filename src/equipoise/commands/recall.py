@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from equipoise.bars import counted
 from equipoise.commands.audit import Subject, check_one_donor, distinct, inspect
 from equipoise.commands.demo import parse_seeds
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
@@ -220,15 +221,13 @@ def haystack_for(
 
 def ask(subject: Subject, texts: list[Example], options: RecallOptions, console: Console) -> RecallRun:
     """Ask one model, with a bar where there is a terminal."""
-    from rich.progress import Progress
-
     from equipoise.evaluate.recall_results import evaluate_recall
     from equipoise.evaluate.recall_running import batches
     from equipoise.models.load import load_model
 
     model = load_model(subject.model)
     total = len(options.branches) * len(batches(texts, options.batch_size))
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         task = bar.add_task(subject.note.recipe, total=total)
         run = evaluate_recall(
             model, texts, options.branches, name=subject.note.recipe, seed=subject.note.seed,

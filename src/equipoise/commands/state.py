@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from equipoise.bars import counted
 from equipoise.commands.failures import INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.generate import encode, read_prompt, read_text, sampling_of, stream
 from equipoise.commands.options import (
@@ -197,11 +197,7 @@ def _load(name: str) -> Any:
 def _reading(total: int) -> Generator[Callable[[int], None]]:
     """Progress of reading: a bar on a terminal, one line at the end elsewhere."""
     console, started = progress(), time.monotonic()
-    bar = Progress(
-        TextColumn("reading"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
+    with counted(console) as bar:
         task = bar.add_task("reading", total=total)
         yield lambda count: bar.advance(task, count)
     taken = time.monotonic() - started

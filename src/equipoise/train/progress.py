@@ -11,10 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-WIDE = 80
-"""Columns from which a bar is drawn; narrower terminals have room for figures only."""
-BAR = 12
-"""Columns it gets at least."""
+from equipoise.bars import BAR, WIDE, fitted
+
 LINES = 10
 """About how many lines a stage prints where there is no terminal to draw on."""
 
@@ -110,13 +108,6 @@ def reported(console: Console, label: str) -> Generator[list[TrainerCallback]]:
         yield [report]
     finally:
         report.close()
-
-
-def fitted(text: str, room: int) -> str:
-    """The text in so many columns; nothing where not even a word of it fits."""
-    if len(text) <= room:
-        return text
-    return text[: room - 1].rstrip(" ,") + "…" if room >= 8 else ""
 
 
 def describe(logs: dict[str, float]) -> str:
