@@ -125,7 +125,7 @@ def test_heads_without_a_linear_branch_keep_their_sinks(logits: Logits) -> None:
 
 
 def test_the_sinks_learn_where_they_may() -> None:
-    model = hybridize(donor(torch.float32), HybridConfig(window=5)).train()
+    model: Any = hybridize(donor(torch.float32), HybridConfig(window=5)).train()
     model(TOKENS, labels=TOKENS).loss.backward()
     for layer in model.model.layers[1:]:
         assert layer.self_attn.sinks.grad.abs().max() > 0
@@ -133,7 +133,7 @@ def test_the_sinks_learn_where_they_may() -> None:
 
 def test_going_back_takes_no_sink_along() -> None:
     """What the past remembers is read again without sinks, to the same bits."""
-    model = hybridize(donor(torch.float32), HybridConfig(window=5))
+    model: Any = hybridize(donor(torch.float32), HybridConfig(window=5))
     caches = [model.make_cache() for _ in range(2)]
     with torch.no_grad():
         caches[0].activate_past_recording()
