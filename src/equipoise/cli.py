@@ -30,6 +30,7 @@ from equipoise.commands.import_lolcats import import_lolcats_command
 from equipoise.commands.lm_eval import PASSED_ON, lm_eval_command
 from equipoise.commands.output import say_error, set_debugging
 from equipoise.commands.plan import plan_command
+from equipoise.commands.push import push_command
 from equipoise.commands.recall import recall_command, recall_demo_command
 from equipoise.commands.recipes import recipes_command
 from equipoise.commands.serve import serve_command
@@ -142,6 +143,7 @@ VERBS = (
     ("bench", bench_command, "Time the operators beside what would run instead."),
     ("export", export_command, "Write a converted model whole, or its donor back."),
     ("card", card_command, "Write the model card of a converted model."),
+    ("push", push_command, "Upload a converted model to the Hub."),
     ("recipes", recipes_command, "List recipes, or show one whole."),
     ("demo", demo_command, "All of it on a small scale, without network or GPU."),
     ("recall-demo", recall_demo_command, "Recall beyond reach on a small scale, likewise."),

@@ -32,18 +32,13 @@ def push(
     Raises:
         ConversionError: a delta whose donor others cannot get; nothing is uploaded then.
     """
-    donor: dict[str, Any] = (model.config.equipoise or {}).get("donor") or {}
-    if delta and donor.get("fingerprint") is not None:
-        raise ConversionError(
-            f"a delta on the Hub has to name a donor on the Hub, and this one's is a local directory "
-            f"({donor['name']}). Name it with record_donor(model, 'owner/name') if it is a copy of that, or "
-            "push with delta=False."
-        )
+    refuse_local_delta(model.config.equipoise or {}, delta=delta)
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model.save_pretrained(place, delta=delta, **saving)
-        _take_out_paths(place / "config.json")
+        config = place / "config.json"
+        write_text(config, public_config(config.read_text(encoding="utf-8")))
         repo_id = str(api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id)
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
@@ -56,11 +51,30 @@ def push(
     return str(commit.commit_url)
 
 
-def _take_out_paths(path: Path) -> None:
-    """Of a local donor only the name and fingerprint are for others."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def refuse_local_delta(described: dict[str, Any], *, delta: bool) -> None:
+    """Raise for a delta that nobody else could load.
+
+    Args:
+        described: the ``equipoise`` entry of a model's configuration.
+        delta: whether a delta is to be uploaded.
+
+    Raises:
+        ConversionError: its donor is a local directory.
+    """
+    donor: dict[str, Any] = described.get("donor") or {}
+    if delta and donor.get("fingerprint") is not None:
+        raise ConversionError(
+            f"a delta on the Hub has to name a donor on the Hub, and this one's is a local directory "
+            f"({donor['name']}). Name it with record_donor(model, 'owner/name') if it is a copy of that, or "
+            "push all weights: `equipoise export`, or push_to_hub with delta=False."
+        )
+
+
+def public_config(text: str) -> str:
+    """A converted model's config.json for others: of a local donor only the name and fingerprint."""
+    config = json.loads(text)
     donor = config["equipoise"].get("donor")
-    if donor is not None:
-        donor["name"] = public_name(donor["name"])
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_text(path, text)
+    if donor is None:
+        return text
+    donor["name"] = public_name(donor["name"])
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
