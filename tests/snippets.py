@@ -45,8 +45,14 @@ def snippets(page: str) -> list[Snippet]:
     ]
 
 
+LAUNCHERS = ("torchrun", "accelerate", "srun")
+
+
 def commands(snippet: Snippet) -> list[list[str]]:
-    """The words of each command of a ``bash`` or ``console`` block, without comments and output."""
+    """The words of each command of a ``bash`` or ``console`` block, without comments and output.
+
+    Of what a launcher starts, the command that it starts.
+    """
     if snippet.language not in ("bash", "console"):
         return []
     text = snippet.text
@@ -54,7 +60,13 @@ def commands(snippet: Snippet) -> list[list[str]]:
         text = "\n".join(re.findall(r"^\$ (.*(?:\n {4}\S.*)*)", text, re.MULTILINE))
         text = re.sub(r"\n {4}", " ", text)
     lines = _expanded(text.replace("\\\n", " ").splitlines())
-    return [words for line in lines for words in _simple_commands(line)]
+    return [_without_launcher(words) for line in lines for words in _simple_commands(line)]
+
+
+def _without_launcher(words: list[str]) -> list[str]:
+    if words[0] not in LAUNCHERS or "equipoise" not in words:
+        return words
+    return words[words.index("equipoise") :]
 
 
 def _expanded(lines: list[str]) -> Iterator[str]:

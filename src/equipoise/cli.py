@@ -24,7 +24,7 @@ from equipoise.commands.demo import demo_command
 from equipoise.commands.depth import attribute_command
 from equipoise.commands.evaluate import evaluate_command
 from equipoise.commands.export import export_command
-from equipoise.commands.failures import INTERRUPTED, explain
+from equipoise.commands.failures import INTERRUPTED, USAGE, explain
 from equipoise.commands.generate import generate_command
 from equipoise.commands.import_lolcats import import_lolcats_command
 from equipoise.commands.lm_eval import PASSED_ON, lm_eval_command
@@ -36,6 +36,8 @@ from equipoise.commands.recipes import recipes_command
 from equipoise.commands.serve import serve_command
 from equipoise.commands.state import state_app
 from equipoise.commands.sweep import sweep_command
+from equipoise.config import ConfigError
+from equipoise.distributed import launched, speaks_of_failure
 
 PROGRAM = "equipoise"
 _DEBUG = "--debug"
@@ -50,6 +52,16 @@ class Verbs(TyperGroup):
         option.expose_value, option.callback = False, _debug_after_verb
         option.hidden = True  # named once, among the global options: a verb's help is one screen
         _give(self.commands, option)
+
+    def resolve_command(self, *args: Any) -> Any:
+        """The verb and its arguments.
+
+        Raises:
+            ConfigError: one that runs in one process, where several were started.
+        """
+        found = super().resolve_command(*args)
+        _check_ranks(str(found[0]))
+        return found
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run the command line: 0 success, 1 the work failed, 2 wrong usage, 130 interrupted."""
@@ -68,7 +80,7 @@ class Verbs(TyperGroup):
             code, message = explain(error)
             if type(error).__name__ == "NoArgsIsHelpError":  # `equipoise` alone: the message is the help
                 typer.echo(message, err=True)
-            else:
+            elif speaks_of_failure(usage=code == USAGE):
                 say_error(message)
         sys.exit(code or 0)
 
@@ -106,6 +118,18 @@ def _version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"{PROGRAM} {__version__}")
         raise typer.Exit()
+
+
+RANKED = ("convert", "audit", "evaluate", "lm-eval")
+"""Verbs that torchrun may start several times; lm-eval knows launchers of its own."""
+
+
+def _check_ranks(verb: str) -> None:
+    if launched().count > 1 and verb not in RANKED:
+        raise ConfigError(
+            f"equipoise {verb} runs in one process, but was started in {launched().count}: leave torchrun "
+            "out, or unset RANK and WORLD_SIZE."
+        )
 
 
 @app.callback()

@@ -41,6 +41,7 @@ RUN = (
 ELSEWHERE = {
     "docs/extending.md": "tests/test_docs.py",
     "docs/command-line.md": "tests/planning/test_plan.py",
+    "docs/guides/many-gpus.md": "tests/train/test_parallel.py",
     "docs/sharing.md": "tests/sharing/test_export.py",
     "docs/serve.md": "tests/serve/test_serve_page.py",
     "docs/states.md": "tests/cli/test_states_page.py",
@@ -74,7 +75,7 @@ DONORS = {
 }
 """Donors of the pages that run, and the family of their stand-ins."""
 
-SHELL = {".", "cd", "curl", "echo", "git", "hf", "make", "pip", "python"}
+SHELL = {".", "cd", "curl", "echo", "export", "git", "hf", "make", "pip", "python"}
 """Programs of others, taken as they stand."""
 
 

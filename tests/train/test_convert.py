@@ -22,8 +22,8 @@ from equipoise.train import convert as module
 from equipoise.train.convert import RunRecord, convert, prepare_data
 from equipoise.train.outputs import OutputError
 from equipoise.train.progress import ProgressReport
+from equipoise.train.rank_trainer import TrainingDiverged
 from equipoise.train.recipes import recipe_names
-from equipoise.train.trainer import TrainingDiverged
 from equipoise.train.watching import attribution_names, watched_history
 from support import tiny_model, tiny_tokenizer
 

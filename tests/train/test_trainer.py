@@ -16,9 +16,9 @@ from equipoise.data.sources import DataError
 from equipoise.files import write_manifest
 from equipoise.layers.interface import mixers_of
 from equipoise.models.storage import CheckpointError
+from equipoise.train.rank_trainer import TrainingDiverged
 from equipoise.train.stage_files import FINISHED, TRAINED, StageResult, finished_result, latest_checkpoint
 from equipoise.train.stages import finetune, transfer
-from equipoise.train.trainer import TrainingDiverged
 
 STAGE: dict[str, Any] = {"max_steps": 7, "batch_size": 4, "micro_batch_size": 2, "save_every": 3}
 DROPOUT = {"window_dropout": {"probabilities": [0.9, 0.5]}, "train_maps": True}

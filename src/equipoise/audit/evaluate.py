@@ -25,7 +25,8 @@ from equipoise.audit.report import (
     RunFacts,
     audit_run,
 )
-from equipoise.data.packing import IGNORED_LABEL, EvaluationWindow, evaluation_batches
+from equipoise.data.packing import IGNORED_LABEL, EvaluationBatch, EvaluationWindow, evaluation_batches
+from equipoise.distributed import spread
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode
 from equipoise.models.adapters import adapters_disabled, has_adapters
@@ -72,7 +73,7 @@ class DocumentScores:
 def score_documents(
     model: nn.Module, windows: Sequence[EvaluationWindow], *, beyond: int | None, batch_size: int, tick: Tick
 ) -> DocumentScores:
-    """Run every window and sum by document.
+    """Run every window and sum by document. Ranks share out the batches; the sums do not depend on them.
 
     Args:
         model: in the branch state to score.
@@ -84,17 +85,20 @@ def score_documents(
     index = {document: i for i, document in enumerate(sorted({w.document for w in windows}))}
     nll, tokens, far_nll, far_tokens = (np.zeros(len(index)) for _ in range(4))
     device = next(model.parameters()).device
-    for batch in evaluation_batches(windows, batch_size=batch_size, pad_token_id=0):
+
+    def score(batch: EvaluationBatch) -> list[Floats]:
         inputs, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
         losses, kept = _token_losses(logits, batch.labels.to(device))
         far = torch.zeros_like(kept) if beyond is None else kept & (_positions(kept) > beyond)
+        by_row = (losses * kept, kept, losses * far, far)
+        return [values.double().sum(1).cpu().numpy() for values in by_row]
+
+    batches = list(evaluation_batches(windows, batch_size=batch_size, pad_token_id=0))
+    for batch, scores in zip(batches, spread(batches, score, tick=tick), strict=True):
         rows = [index[int(document)] for document in batch.document_ids]
-        for total, values in (
-            (nll, losses * kept), (tokens, kept), (far_nll, losses * far), (far_tokens, far)
-        ):  # fmt: skip
-            np.add.at(total, rows, values.double().sum(1).cpu().numpy())
-        tick()
+        for total, values in zip((nll, tokens, far_nll, far_tokens), scores, strict=True):
+            np.add.at(total, rows, values)
     return DocumentScores(nll, tokens, far_nll, far_tokens)
 
 

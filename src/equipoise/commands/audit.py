@@ -83,6 +83,7 @@ def audit_command(
 
     \b
     equipoise audit out/ssd out/lolcats --output out/audit --data validation.jsonl
+    torchrun --nproc-per-node 8 -m equipoise audit out/ssd --output out/audit
     """
     options = AuditOptions(
         data, text_column, context_length, documents, max_windows, batch_size, seed, resamples
@@ -91,13 +92,22 @@ def audit_command(
     from equipoise.audit.render import run_labels
     from equipoise.audit.report import console_table, to_json, write_audit
     from equipoise.commands.audit_native import all_native, audit_native
-    from equipoise.train.outputs import claimed
+    from equipoise.distributed import joined
+    from equipoise.train.outputs import claimed_by_leader
 
     try:
-        with told_when_full(output, "No report was written."), claimed(output, shared=True):
+        with (
+            told_when_full(output, "No report was written."),
+            joined() as here,
+            claimed_by_leader(output, shared=True),
+        ):
             if all_native(models):
+                if here.count > 1:
+                    raise UsageError("hybrids that ship with transformers are audited in one process.")
                 return audit_native(models, output, options, as_json=as_json)
             report = run_audit(models, options, progress())
+            if not here.is_leader:
+                return
             paths = write_audit(report, output)
     except KeyboardInterrupt:
         raise VerbError("interrupted; no report was written.", INTERRUPTED) from None
@@ -126,6 +136,7 @@ def run_audit(models: list[str], options: AuditOptions, console: Console) -> Aud
     """
     from equipoise.audit.documents import text_fingerprint
     from equipoise.audit.report import AuditReport, Donor, Metric
+    from equipoise.distributed import in_turn
 
     if len({Path(model).resolve() for model in models}) < len(models):
         raise UsageError("expected different models, got one of them twice.")
@@ -137,7 +148,7 @@ def run_audit(models: list[str], options: AuditOptions, console: Console) -> Aud
         )
     check_one_donor(subjects)
     length = _context_length(subjects, options.context_length)
-    windows, words = read_text(subjects, options, length)
+    windows, words = in_turn(lambda: read_text(subjects, options, length))
     documents = len({window.document for window in windows})
     size = f"{documents} documents, {len(windows)} contexts of up to {length} tokens"
     say(console, f"auditing on {words}: {size}")

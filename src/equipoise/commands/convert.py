@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,6 +34,10 @@ def convert_command(
         typer.Option("--report-to", metavar="NAME", help="tensorboard, wandb or none: where the log goes."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")] = 0,
+    parallel: Annotated[
+        Literal["auto", "ddp", "fsdp2"],
+        typer.Option("--parallel", help="Under torchrun or accelerate launch: fsdp2 also shards the donor."),
+    ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run, if any.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and do nothing.")
@@ -47,6 +51,7 @@ def convert_command(
     equipoise convert meta-llama/Llama-3.2-1B --recipe ssd --output out/ssd
     equipoise convert ./donor --recipe lolcats --output out/lolcats --data corpus.jsonl \\
         --set hybrid.window=32 --set finetune.learning_rate=5e-4 --max-steps 200
+    torchrun --nproc-per-node 8 -m equipoise convert ./donor --recipe ssd --output out/ssd
     """
     quieten()
     run = resolve(
@@ -56,11 +61,12 @@ def convert_command(
     if dry_run:
         _show_plan(donor, run, output, resume=resume, trust_remote_code=trust_remote_code, as_json=as_json)
         return
+    from equipoise.distributed import PeerLost
     from equipoise.train.convert import convert
     from equipoise.train.ending import TERMINATED, Terminated
     from equipoise.train.outputs import WORK
+    from equipoise.train.rank_trainer import TrainingDiverged
     from equipoise.train.stage_files import latest_checkpoint
-    from equipoise.train.trainer import TrainingDiverged
 
     try:
         with told_when_full(
@@ -75,9 +81,12 @@ def convert_command(
                 console=progress(),
                 trust_remote_code=trust_remote_code,
                 watchers=recall_watchers(run, donor),
+                parallel=parallel,
             )
     except KeyboardInterrupt:
         raise VerbError(f"interrupted{_kept(output / WORK)}", INTERRUPTED) from None
+    except PeerLost as error:
+        raise VerbError(f"{str(error).rstrip('.')}{_kept(output / WORK)}", FAILED) from None
     except Terminated as ended:
         raise VerbError(f"{str(ended).rstrip('.')}{_kept(output / WORK)}", TERMINATED) from None
     except TrainingDiverged as error:

@@ -110,12 +110,15 @@ def evaluate_command(
         metadata=metadata, batch_size=batch_size, seed=seed, resamples=resamples,
     )  # fmt: skip
     quieten()
-    from equipoise.train.outputs import claimed
+    from equipoise.distributed import joined
+    from equipoise.train.outputs import claimed_by_leader
 
     kept = f"Finished states are kept in {output}: the same command goes on from there."
     try:
-        with told_when_full(output, kept), claimed(output, shared=True):
+        with told_when_full(output, kept), joined() as here, claimed_by_leader(output, shared=True):
             run, paths = run_evaluation(model, options, output, progress())
+            if not here.is_leader:
+                return
     except KeyboardInterrupt:
         raise VerbError(f"interrupted. {kept}", INTERRUPTED) from None
     console = progress() if as_json else results()
@@ -149,9 +152,10 @@ def run_evaluation(
     """
     with needs_lm_eval():
         from equipoise.evaluate.benchmark_run import finished, write_run
+    from equipoise.distributed import from_leader, in_turn
 
-    plan, metrics = make_plan(model, options, output)
-    known = finished(plan)
+    plan, metrics = in_turn(lambda: make_plan(model, options, output))
+    known = from_leader(finished(plan))
     names = ", ".join(state.name for state in plan.states)
     say(
         console,

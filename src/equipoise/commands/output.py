@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from equipoise.distributed import launched
+
 PIPED_WIDTH = 100
 """Columns of a table that goes to a file or a pipe."""
 
@@ -20,13 +22,17 @@ PIPED_WIDTH = 100
 def results() -> Console:
     """What the verb was asked for; on stdout."""
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=sys.stdout, highlight=False, width=wide)
+    return Console(file=sys.stdout, highlight=False, width=wide, quiet=not launched().is_leader)
 
 
 def progress() -> Console:
     """What happens meanwhile; on stderr."""
+    return _stderr(quiet=not launched().is_leader)
+
+
+def _stderr(*, quiet: bool) -> Console:
     wide = None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=sys.stderr, highlight=False, width=wide)
+    return Console(file=sys.stderr, highlight=False, width=wide, quiet=quiet)
 
 
 def say(console: Console, message: str, *, style: str = "") -> None:
@@ -38,12 +44,13 @@ def say_json(value: object) -> None:
     """A result as JSON on stdout, the whole of what stands there; figures that are no numbers are null."""
     from equipoise.pages.writing import finite
 
-    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    if launched().is_leader:
+        typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def say_error(message: str) -> None:
     """One `error: …` on stderr, red where that can be seen."""
-    console = progress()
+    console = _stderr(quiet=False)  # whichever of several processes failed
     console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
 
 

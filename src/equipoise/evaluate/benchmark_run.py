@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from equipoise.distributed import leader_does, ranks
 from equipoise.evaluate.benchmark_page import BenchmarkRun, to_data, to_page
 from equipoise.evaluate.benchmarks import benchmark_table
 from equipoise.evaluate.harness import VERSION, Benchmarks, EquipoiseLM, score_state
@@ -97,7 +98,7 @@ def run_states(
         done: called after each state.
 
     Returns:
-        The scores of all states, in the plan's order.
+        The scores of all states, in the plan's order; the same on every rank.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -110,7 +111,7 @@ def run_states(
         for state in missing:
             key = keys[state.name]
             fresh = score_state(lm, state, plan.benchmarks, watch=partial(watch, state))
-            store(score_file(plan.output, state.name, key), key, settings, fresh)
+            leader_does(partial(store, score_file(plan.output, state.name, key), key, settings, fresh))
             scores[state.name] = fresh
             done(state, fresh)
     return {state.name: scores[state.name] for state in plan.states}
@@ -147,6 +148,8 @@ def write_run(
         model=plan.model, states=plan.states, scores=scores, facts=plan.benchmarks.facts, table=table,
         settings=settings,
     )  # fmt: skip
+    if not ranks().is_leader:
+        return run, {}
     return run, write_results(plan.output, NAME, to_page(run), to_data(run))
 
 

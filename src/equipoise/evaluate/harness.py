@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.config import ConfigError
+from equipoise.distributed import ranks
+from equipoise.evaluate.batches import in_batches, prompt_batches, token_batches
 from equipoise.evaluate.entries import Entry, TaskFacts, for_each_task
 from equipoise.evaluate.failures import HarnessError, first_line
 from equipoise.evaluate.harness_tasks import entries_of, facts_of, is_closed, load_one, set_fewshot
@@ -145,9 +148,19 @@ class EquipoiseLM(_HFLM):
         """As lm-eval's."""
         return super().loglikelihood_rolling(requests, disable_tqdm=self._expect(requests) or disable_tqdm)
 
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **settings: Any) -> list[Any]:
+        run = super()._loglikelihood_tokens
+        if ranks().count == 1 or not isinstance(self.batch_size, int):
+            return run(requests, *args, **settings)
+        return in_batches(requests, run, token_batches(requests, self.batch_size, reuse=self.logits_cache))
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's."""
-        return super().generate_until(requests, disable_tqdm=self._expect(requests) or disable_tqdm)
+        run, quietly = super().generate_until, self._expect(requests) or disable_tqdm
+        if ranks().count == 1 or not isinstance(self.batch_size, int):
+            return run(requests, disable_tqdm=quietly)
+        batches = prompt_batches([request.args for request in requests], self.batch_size, self.tok_encode)
+        return in_batches(requests, partial(run, disable_tqdm=True), batches)
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -171,7 +184,9 @@ class EquipoiseLM(_HFLM):
 
     def count_answer(self) -> None:
         """Count an answer, and tell who watches."""
-        self._answered += 1
+        self._answered = min(
+            self._asked, self._answered + ranks().count
+        )  # the others answer as many meanwhile
         if self.watch is not None:
             self.watch(self._answered, self._asked)
 

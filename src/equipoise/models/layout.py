@@ -31,16 +31,20 @@ ATTENTION_NAMES = ("self_attn", "attention", "attn")
 """What a decoder layer calls its attention: nearly everyone's name, GPT-NeoX's, GPT-2's."""
 
 
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The decoder's layers in their order; none where the model is not laid out so."""
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore
+    layers = getattr(decoder, "layers", None)
+    return list(getattr(decoder, "h", ()) if layers is None else layers)  # h: GPT-2's name for them
+
+
 def attention_modules(model: nn.Module) -> list[Any]:
     """The attention module of every decoder layer.
 
     Raises:
         ConversionError: the model's layers are not laid out so.
     """
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # pyright: ignore
-    layers = getattr(decoder, "layers", None)
-    if layers is None:
-        layers = getattr(decoder, "h", ())  # GPT-2's name for them
+    layers = decoder_layers(model)
     for name in ATTENTION_NAMES:
         if len(layers) and all(isinstance(getattr(layer, name, None), nn.Module) for layer in layers):
             return [getattr(layer, name) for layer in layers]

@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from equipoise.distributed import ranks
 from equipoise.models.families import check_family
 from equipoise.models.layout import DROPOUTS
+from equipoise.models.sharding import empty_donor
 from equipoise.models.storage import CheckpointError, load_tensors
 
 log = logging.getLogger(__name__)
@@ -27,9 +29,16 @@ ADAPTERS = "adapter_config.json"
 
 
 def load_donor(
-    name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    to_shard: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model to convert: float32 on CPU, its own dtype on a GPU; safetensors only.
+
+    One ``to_shard`` (see `equipoise.models.sharding`) is read by the leader alone, into the CPU's memory;
+    other ranks get a model whose weights are not there yet.
 
     Raises:
         CheckpointError: not a model, no weights, weights damaged or only as pickles.
@@ -47,7 +56,12 @@ def load_donor(
         log.info(
             "the donor's %s of %g is switched off: converted layers have none", field, getattr(config, field)
         )
-    return _load(name_or_path, device, trust_remote_code, None, **dropouts)
+    if to_shard and not ranks().is_leader:
+        for field, value in dropouts.items():
+            setattr(config, field, value)
+        return empty_donor(config, trust_remote_code=trust_remote_code)
+    dtype = "auto" if to_shard and torch.cuda.is_available() else None
+    return _load(name_or_path, "cpu" if to_shard else device, trust_remote_code, dtype, **dropouts)
 
 
 def load_model(
@@ -165,7 +179,7 @@ def _load(
     name_or_path: str,
     device: str | None,
     trust_remote_code: bool,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     **settings: float,
 ) -> PreTrainedModel:
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from equipoise import __version__
@@ -17,15 +19,18 @@ from equipoise.config import ConfigError, HybridConfig, RunConfig
 from equipoise.data.packing import PackedDataset
 from equipoise.data.preparing import HELD_OUT_ROWS, TrainingData, prepare_data
 from equipoise.data.sources import absolute_source
+from equipoise.distributed import from_leader, in_turn, joined, leader_does, meet, ranks
 from equipoise.files import make_directory, write_text
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
 from equipoise.models.branches import branches
 from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
+from equipoise.models.sharding import own_class, shard, whole_weights
 from equipoise.models.surgery import hybridize
 from equipoise.train.ending import ended_by_sigterm, only_run
-from equipoise.train.outputs import RUN, START, WORK, claimed, clean_up, left_behind, staged
+from equipoise.train.outputs import RUN, START, WORK, claimed_by_leader, clean_up, left_behind, staged
+from equipoise.train.parallel import check_batches, chosen_parallel
 from equipoise.train.progress import reported
 from equipoise.train.reporting import LOGS, check_reporter, reporting
 from equipoise.train.stage_files import StageResult, finished_result, latest_checkpoint
@@ -76,8 +81,12 @@ def convert(
     console: Console | None = None,
     trust_remote_code: bool = False,
     watchers: Sequence[Watcher] = (),
+    parallel: str = "auto",
 ) -> RunRecord:
     """Convert a donor by a recipe and write the result to a new directory.
+
+    Where torchrun or accelerate launch started several processes, all of them call this with the same
+    arguments; rank 0 alone writes and speaks, and the result is that of one process.
 
     Args:
         donor: directory, or name on the Hub.
@@ -88,21 +97,31 @@ def convert(
         console: where progress goes.
         trust_remote_code: run code that comes with the donor (off unless asked).
         watchers: what to look at while training, beside the branches, where the recipe watches.
+        parallel: what several processes do: ddp, fsdp2 (the donor sharded over them), or auto; see
+            `equipoise.train.parallel`.
 
     Raises:
         ConfigError, UnknownNameError, CheckpointError, ConversionError, DataError, TrainingDiverged: each
             says what to do.
         Terminated: SIGTERM came; the optimiser step under way was finished and saved.
+        PeerLost: another process of the run failed or does not answer.
     """
-    console = console or Console(stderr=True)
     output = Path(output)
     check_reporter(run.report_to)
     check_watched(run, watchers)
-    if resume and left_behind(output):
-        return _completed(output, run, donor, seed)
-    with claimed(output, resume=resume), ended_by_sigterm() as ending:
-        check_start(output / WORK, run, donor, seed)
-        return _convert(donor, run, output, seed, resume, console, trust_remote_code, watchers, ending)
+    way = chosen_parallel(parallel)
+    with joined() as here:
+        check_batches(run)
+        if resume and from_leader(left_behind(output)):
+            return _completed(output, run, donor, seed)
+        if console is None or not here.is_leader:
+            console = Console(stderr=True, quiet=not here.is_leader)
+        with claimed_by_leader(output, resume=resume), ended_by_sigterm() as ending:
+            leader_does(partial(check_start, output / WORK, run, donor, seed))
+            sharded = way == "fsdp2"
+            return _convert(
+                donor, run, output, seed, resume, console, trust_remote_code, watchers, ending, sharded
+            )
 
 
 def _convert(
@@ -115,15 +134,18 @@ def _convert(
     trust_remote_code: bool,
     watchers: Sequence[Watcher],
     ending: TrainerCallback,
+    sharded: bool,
 ) -> RunRecord:
-    model = load_donor(donor, trust_remote_code=trust_remote_code)
+    model = load_donor(donor, trust_remote_code=trust_remote_code, to_shard=sharded)
     tokenizer = load_tokenizer(donor, trust_remote_code=trust_remote_code)
     trains = run.transfer is not None or run.finetune is not None
     if run.hybrid is not None:
-        hybridize(model, run.hybrid, seed=seed)
+        hybridize(model, run.hybrid, seed=seed, check=not sharded or ranks().is_leader)
         record_donor(model, donor)
         describe(model, run.hybrid, console)
-    data = prepare_data(run, model, tokenizer, seed=seed) if trains else None
+    if sharded:
+        shard(model)
+    data = in_turn(lambda: prepare_data(run, model, tokenizer, seed=seed)) if trains else None
     held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
     results: dict[str, StageResult] = {}
     if data is not None:
@@ -145,17 +167,21 @@ def _convert(
         train_seconds=float(sum(r.seconds for r in results.values())),
         stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
     )  # fmt: skip
-    save(model, tokenizer, record, output, donor=donor)
-    clean_up(output)
+    weights = whole_weights(model) if run.checkpoint == "full" else None
+    if ranks().is_leader:
+        with own_class(model):
+            save(model, tokenizer, record, output, donor=donor, weights=weights)
+        clean_up(output)
+    meet()
     return record
 
 
 def _completed(output: Path, run: RunConfig, donor: str, seed: int) -> RunRecord:
     """The record of a run that was killed when its result was in place, but not its checkpoints out of it."""
-    with only_run(output):
-        check_start(output / WORK, run, donor, seed)
+    with only_run(output) if ranks().is_leader else nullcontext():
+        leader_does(partial(check_start, output / WORK, run, donor, seed))
         record = RunRecord(**json.loads((output / RUN).read_text(encoding="utf-8")))
-        clean_up(output)
+        leader_does(partial(clean_up, output))
     return record
 
 
@@ -264,7 +290,8 @@ def _shown(
     """Callbacks of one stage: progress, and the reporter that the recipe asks for."""
     last = latest_checkpoint(place) if resume else None
     resumed_at = None if last is None else int(last.name.rpartition("-")[2])
-    reporter = "none" if resume and finished_result(place) is not None else run.report_to
+    reports = ranks().is_leader and not (resume and finished_result(place) is not None)
+    reporter = run.report_to if reports else "none"
     logs = place.parent.parent / LOGS / place.name
     with (
         reported(console, f"{run.name} {place.name}") as shown,
@@ -274,13 +301,23 @@ def _shown(
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord, output: Path, *, donor: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: RunRecord,
+    output: Path,
+    *,
+    donor: str,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write model, tokenizer and `run.json`; files move into place complete, config.json after weights."""
+    """Write model, tokenizer and `run.json`; files move into place complete, config.json after weights.
+
+    ``weights`` stand for the model's own where it is sharded (`equipoise.models.sharding.whole_weights`).
+    """
     with staged(output) as staging:
         tokenizer.save_pretrained(staging)
         if record.settings["hybrid"] is None:
             adapters.save_adapter_checkpoint(model, staging, donor)
         else:
-            model.save_pretrained(staging, delta=record.settings["checkpoint"] == "delta")  # pyright: ignore[reportCallIssue]
+            delta = record.settings["checkpoint"] == "delta"
+            model.save_pretrained(staging, delta=delta, state_dict=weights)  # pyright: ignore[reportCallIssue]
         write_text(staging / RUN, json.dumps(asdict(record), indent=2))

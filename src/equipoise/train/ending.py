@@ -7,12 +7,13 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from equipoise.config import ConfigError
+from equipoise.distributed import any_rank, meet, ranks
 
 LOCK = ".equipoise.lock"
 """In an output directory while a run writes there."""
@@ -37,33 +38,49 @@ class InUseError(ConfigError):
 class EndWhenAsked(TrainerCallback):
     """Ends a stage after the optimiser step under way and its checkpoint; elsewhere at once.
 
-    A second SIGTERM does not wait either.
+    In one process a second SIGTERM does not wait either. Several ranks end after the same step: they agree on
+    it where they average their gradients (`RankTrainer.meet_gradients`), so that a signal to one of them is
+    enough.
+
+    Attributes:
+        asked: a signal came to this rank.
+        agreed: one had come to any of them when the step's gradients were averaged.
     """
 
     def __init__(self) -> None:
-        self.asked = self.training = False
+        self.asked = self.agreed = self.training = self.over = False
 
     def handle(self, *_: Any) -> None:
         """What the signal calls."""
+        # launchers repeat it, and kill what takes too long
+        if self.over or (self.asked and ranks().count > 1):
+            return
         if self.asked or not self.training:
             raise Terminated("terminated.")
         self.asked = True
+
+    def _end(self, words: str) -> NoReturn:
+        self.over = ranks().count > 1
+        meet()  # or the launcher would kill the leader, which may be writing, for the others being gone
+        raise Terminated(words)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = False
-        if self.asked:  # asked for after the last checkpoint was written: the stage is complete
-            raise Terminated("terminated at the end of a stage.")
+        if any_rank(self.asked):  # asked for after the last checkpoint was written: the stage is complete
+            self._end("terminated at the end of a stage.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if ranks().count == 1:
+            self.agreed = self.asked
+        if self.agreed:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            raise Terminated(f"terminated after step {state.global_step}, which was saved.")
+        if self.agreed:
+            self._end(f"terminated after step {state.global_step}, which was saved.")
 
 
 @contextmanager
@@ -76,6 +93,10 @@ def ended_by_sigterm() -> Generator[EndWhenAsked]:
     before = signal.signal(signal.SIGTERM, callback.handle)
     try:
         yield callback
+    except BaseException:
+        if ranks().count > 1:  # its launcher sends it again, and this rank still has to say why it ends
+            before = signal.SIG_IGN
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

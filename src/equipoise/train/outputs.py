@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from equipoise.config import ConfigError
+from equipoise.distributed import meet, ranks
 from equipoise.files import (
     MANIFEST,
     make_directory,
@@ -35,6 +36,15 @@ _LAST = ("config.json", MANIFEST, RUN)
 
 class OutputError(ConfigError):
     """An output directory that cannot be used; the message says why and what to do."""
+
+
+@contextmanager
+def claimed_by_leader(output: Path, *, resume: bool = False, shared: bool = False) -> Generator[None]:
+    """`claimed`, by one of several ranks for all of them; the others wait until it is."""
+    claim = claimed(output, resume=resume, shared=shared) if ranks().is_leader else nullcontext()
+    with claim:
+        meet()
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from equipoise.config import ConfigError, FinetuneConfig, RunConfig, Schedule
+from equipoise.distributed import from_leader, leader_does, ranks
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import add_lora
 from equipoise.models.branches import capture
 from equipoise.models.layout import attention_modules
+from equipoise.models.sharding import run_decoder
 from equipoise.ops import Branches
 from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
+from equipoise.train.parallel import share_weights, summed
 from equipoise.train.probe import BranchProbe
+from equipoise.train.rank_trainer import TrainingDiverged
 from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
 from equipoise.train.stage_files import StageResult, clear, finished_result, latest_checkpoint, step_of
-from equipoise.train.trainer import StageTrainer, TrainingDiverged, training_arguments
+from equipoise.train.trainer import StageTrainer, training_arguments
 from equipoise.train.watching import Attribution, Watcher
 
 PROJECTIONS = (
@@ -43,14 +48,14 @@ class TransferTrainer(StageTrainer):
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self._share: dict[str, float] = {}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         inputs = self._prepare_inputs(inputs)
         losses: list[Tensor] = []
-        share: dict[str, float] = {}
-        logs = self.logs_this_step
+        share, logs = self._share, self.logs_this_step
 
         def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
             if mixer.phi_q is None:  # a layer that was given a window only: nothing to learn
@@ -64,23 +69,25 @@ class TransferTrainer(StageTrainer):
             if logs:
                 _add_share(share, mixer, seen)
 
-        decoder: Any = self.accelerator.unwrap_model(model).get_decoder()  # pyright: ignore
-        decoder.eval()
+        hybrid: Any = self.accelerator.unwrap_model(model)
+        hybrid.get_decoder().eval()
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
         with capture(model, observer), torch.no_grad(), self.accelerator.autocast():
-            decoder(**arguments, use_cache=False)
-        if logs:
-            self.branch_metrics = _transfer_metrics(share, mixers_of(model))
+            run_decoder(hybrid, **arguments, use_cache=False)
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Layer by layer: a layer with large gradients must not slow the others down."""
+        self.meet_gradients()
+        if self.logs_this_step:
+            self.branch_metrics = _transfer_metrics(summed(self._share), mixers_of(model))
+            self._share.clear()
         norms: list[Tensor] = []
         for mixer in mixers_of(model):
             if not any(True for _ in mixer.parameters()):
                 continue
             norms.append(nn.utils.clip_grad_norm_(mixer.parameters(), self.args.max_grad_norm))
-            self.check_finite(norms[-1], f"gradient norm of layer {mixer.layer_idx}")
+            self.check_finite(norms[-1], f"gradient norm of layer {mixer.layer_idx}", everywhere=True)
         return torch.stack(norms).square().sum().sqrt()
 
 
@@ -128,8 +135,9 @@ class FinetuneTrainer(StageTrainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self.meet_gradients()
         norm = super()._clip_grad_norm(model)
-        self.check_finite(torch.as_tensor(norm), "gradient norm")
+        self.check_finite(torch.as_tensor(norm), "gradient norm", everywhere=True)
         return norm
 
     @contextmanager
@@ -279,15 +287,16 @@ def _recomputing(model: Any) -> Generator[None]:
 def run_stage(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
     """Train from the start, from a checkpoint, or not at all where the stage is done; then freeze all."""
     try:
-        done = finished_result(directory, tell=True) if resume else None
+        done = from_leader(finished_result(directory, tell=ranks().is_leader)) if resume else None
         if done is not None:
             trainer.restore(directory)
             return done
         if not resume:
-            clear(directory)
-        checkpoint = latest_checkpoint(directory, tell=True) if resume else None
+            leader_does(partial(clear, directory))
+        checkpoint = from_leader(latest_checkpoint(directory, tell=ranks().is_leader)) if resume else None
         if checkpoint is not None:
             trainer.whole.append(step_of(checkpoint))
+        share_weights(list(trainer.trained().values()))
         # a resumed stage has looked at its start already
         trainer.args.eval_on_start = bool(trainer.watchers) and checkpoint is None
         try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -25,7 +25,9 @@ from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
 from equipoise.models.storage import CheckpointError, load_tensors
 from equipoise.train.continuity import DataPosition, StageClock, UnloggedLoss
+from equipoise.train.parallel import share_of_batch
 from equipoise.train.probe import BranchProbe
+from equipoise.train.rank_trainer import RankTrainer
 from equipoise.train.stage_files import (
     SAVING,
     STATE,
@@ -38,11 +40,7 @@ from equipoise.train.stage_files import (
     write_finished,
 )
 from equipoise.train.stopping import StoppingRule
-from equipoise.train.watching import PREFIX, Watcher, untouched
-
-
-class TrainingDiverged(RuntimeError):  # noqa: N818 (it tells what happened)
-    """A loss or gradient is not a number any more; the message says where, and what to lower."""
+from equipoise.train.watching import PREFIX, Watcher, mean_nll, untouched
 
 
 def training_arguments(
@@ -54,8 +52,12 @@ def training_arguments(
     eval_steps: int | None = None,
     chooses: bool = False,
 ) -> TrainingArguments:
-    """Trainer's arguments for a stage; it looks every ``eval_steps``, and may choose its weights by that."""
-    micro = stage.micro_batch_size or stage.batch_size
+    """Trainer's arguments for a stage; it looks every ``eval_steps``, and may choose its weights by that.
+
+    Raises:
+        ConfigError: the batch does not divide among the processes.
+    """
+    micro, accumulated = share_of_batch(stage, directory.name)
     bf16 = run.precision == "bfloat16" or (
         run.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     )
@@ -64,9 +66,9 @@ def training_arguments(
         evaluation = {
             "eval_strategy": "steps", "eval_steps": eval_steps, "load_best_model_at_end": chooses,
         }  # fmt: skip
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory), per_device_train_batch_size=micro, per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=stage.batch_size // micro, num_train_epochs=stage.epochs,
+        gradient_accumulation_steps=accumulated, num_train_epochs=stage.epochs,
         max_steps=stage.max_steps or -1, learning_rate=stage.learning_rate, weight_decay=0.0, adam_beta2=0.99,
         max_grad_norm=stage.max_grad_norm, warmup_steps=stage.warmup,
         lr_scheduler_type="constant_with_warmup" if stage.decay == "constant" else stage.decay,
@@ -79,12 +81,12 @@ def training_arguments(
         run_name=f"{run.name}-{directory.name}",
         **evaluation,
     )  # fmt: skip
+    if arguments.n_gpu > 1:  # Trainer would spread one process over them, and multiply the batch
+        arguments._n_gpu = 1
+    return arguments
 
 
-Own = TypeVar("Own", bound=TrainerCallback)
-
-
-class StageTrainer(Trainer):
+class StageTrainer(RankTrainer):
     """What the two stages share.
 
     Args:
@@ -99,8 +101,6 @@ class StageTrainer(Trainer):
         DataError: fewer rows than one step takes.
     """
 
-    stage_name = "training"
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -114,6 +114,7 @@ class StageTrainer(Trainer):
     ) -> None:
         count: int = len(rows)  # pyright: ignore[reportArgumentType]
         self.rows_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        self.rows_a_step *= arguments.world_size
         if count < self.rows_a_step:
             raise DataError(
                 f"expected at least {self.rows_a_step} rows of training data, one step of {self.stage_name}, "
@@ -128,15 +129,10 @@ class StageTrainer(Trainer):
         )  # fmt: skip
         self.watchers = tuple(watchers)
         self.remove_callback(PrinterCallback)
-        self.branch_metrics: dict[str, float] = {}
         self._micro_step, self._micro_of = 0, -1
         self._was_over = self._is_resumed = self._is_saving = False
         self.whole: list[int] = []
         """Steps of checkpoints known to be whole: the one resumed from, and those written since."""
-
-    def _callback(self, kind: type[Own]) -> Own | None:
-        """A callback of our own; Trainer restores those from a checkpoint as other objects."""
-        return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)
 
     @property
     def seconds(self) -> float:
@@ -194,6 +190,8 @@ class StageTrainer(Trainer):
         if self._was_over:  # resumed from its last checkpoint; Trainer would take one more step
             self.control.should_training_stop = True
             return
+        if self._tr_loss.device.type != "mps":  # Trainer adds up in float32 whatever the model is held in
+            self._tr_loss = self._tr_loss.double()
         unlogged = self._callback(UnloggedLoss)
         if self._is_resumed and unlogged is not None:  # Trainer begins a new mean where it is resumed
             self._is_resumed = False
@@ -204,7 +202,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         unlogged = self._callback(UnloggedLoss)
         if unlogged is not None:
-            unlogged.total, unlogged.since = float(self._tr_loss), self._globalstep_last_logged
+            unlogged.total, unlogged.since = self._mean_loss(), self._globalstep_last_logged
         streamed = self._data_position()
         if streamed is not None:
             noted, rows = streamed
@@ -232,20 +230,6 @@ class StageTrainer(Trainer):
         """Where Trainer writes: checkpoints go where they are filled first."""
         directory = Path(str(self.args.output_dir))
         return str(directory / SAVING if self._is_saving else directory)
-
-    def check_finite(self, value: Tensor, what: str) -> None:
-        """Stop before the optimiser takes in a gradient that is not finite.
-
-        Raises:
-            TrainingDiverged: names the step, and what to lower.
-        """
-        if bool(torch.isfinite(value)):
-            return
-        raise TrainingDiverged(
-            f"{self.stage_name}: the {what} is {value.item()} at step {self.state.global_step + 1}; that "
-            f"step was not taken. Lower {self.stage_name}.learning_rate (now {self.args.learning_rate:g}) or "
-            f"{self.stage_name}.max_grad_norm (now {self.args.max_grad_norm:g})."
-        )
 
     def keep_last_good(self) -> str:
         """Write the weights before the step that diverged as a checkpoint; says so, or why there is none."""
@@ -279,14 +263,16 @@ class StageTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's own over all rows where early stopping looks at the loss, and what the watchers see."""
-        if self.rule is not None and self.rule.watched == LOSS:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-        else:
-            output = EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics={}, num_samples=0)
+        """The loss over all rows where early stopping looks at it, and what watchers see; shared by ranks."""
+        output = EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics={}, num_samples=0)
         model: Any = self.accelerator.unwrap_model(self.model)
         model.eval()
         with torch.no_grad():
+            if self.rule is not None and self.rule.watched == LOSS:
+                held_out: Any = self.eval_dataset
+                rows = [held_out[i] for i in range(len(held_out))]
+                loss = mean_nll(model, rows, batch_size=int(self.args.eval_batch_size))
+                cast(dict[str, float], output.metrics)[PREFIX + LOSS] = loss
             for watcher in self.watchers:
                 values = watcher(model, self.state.global_step)
                 # undefined values: JSON has no NaN, and plots no place for it
@@ -309,12 +295,9 @@ class StageTrainer(Trainer):
 
     # ---- checkpoints: only what trains
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().contiguous() for name, p in self.trained().items()}
@@ -338,7 +321,7 @@ class StageTrainer(Trainer):
         steps = self.state.global_step
         result = StageResult(
             steps=steps,
-            tokens=steps * self.rows_a_step * self.args.world_size * len(row["input_ids"]),
+            tokens=steps * self.rows_a_step * len(row["input_ids"]),
             seconds=self.seconds,
             history=self.state.log_history,
             kept_step=None if self.rule is None else self.state.best_global_step,
@@ -376,11 +359,11 @@ class _Probing:
 
     def __enter__(self) -> None:
         if self.trainer.logs_this_step and mixers_of(self.model):
-            self.probe = BranchProbe()
+            self.probe = self.trainer.probe or BranchProbe()  # one for all micro batches of a step
             self.context = observe(self.model, self.probe)
             self.context.__enter__()
 
     def __exit__(self, *error: object) -> None:
         if self.probe is not None:
             self.context.__exit__(*error)
-            self.trainer.branch_metrics = self.probe.results()
+            self.trainer.probe = self.probe

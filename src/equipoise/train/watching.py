@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from equipoise.config import LOSS, ConfigError, RunConfig, Watch
 from equipoise.data.packing import IGNORED_LABEL, collate
+from equipoise.distributed import spread
 from equipoise.models.branches import branches
 from equipoise.ops.types import Reading
 from equipoise.registry import unknown_name
@@ -188,15 +189,19 @@ def spread_rows(rows: Dataset[Any], count: int) -> list[Row]:
 
 @torch.no_grad()
 def mean_nll(model: PreTrainedModel, rows: Sequence[Row], *, batch_size: int) -> float:
-    """Mean next-token loss on packed rows, in nats per token, in the state the model is in."""
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
+    """Mean next-token loss on packed rows, in nats per token, in the state the model is in.
+
+    Ranks share out the batches; the mean is the same however many there are.
+    """
+
+    def loss(start: int) -> tuple[float, int]:
         batch = collate(list(rows[start : start + batch_size]))
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         number = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
-        total += model(**inputs, use_cache=False).loss.item() * number
-        count += number
-    return total / max(1, count)
+        return model(**inputs, use_cache=False).loss.item() * number, number
+
+    losses = spread(range(0, len(rows), batch_size), loss)
+    return sum(total for total, _ in losses) / max(1, sum(number for _, number in losses))
 
 
 # ---- leaving no trace
