@@ -86,6 +86,7 @@ def seen(output: Path) -> list[dict[str, Any]]:
     return json.loads(output.with_name(f"{output.name}-{SEEN}").read_text())
 
 
+@pytest.mark.slow
 class TestOneResult:
     def test_fsdp2_on_two_ranks(self, job: Any, tmp_path: Path) -> None:
         """Done when: a 2-rank FSDP2 conversion gives the single-process result for `ssd` and `hedgecats`."""
@@ -114,7 +115,6 @@ class TestOneResult:
         model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ssd-2")
         assert type(model).__name__ == "EquipoiseLlamaForCausalLM"
 
-    @pytest.mark.slow
     def test_ddp_on_two_ranks(self, job: Any, tmp_path: Path) -> None:
         for recipe in RECIPES:
             run_job(job(recipe, tmp_path / f"{recipe}-1"))
@@ -124,7 +124,6 @@ class TestOneResult:
             assert_equal(tmp_path / f"{recipe}-2", tmp_path / f"{recipe}-1")
             assert [rank["sharded"] for rank in seen(tmp_path / f"{recipe}-2")] == [0, 0]
 
-    @pytest.mark.slow
     def test_ddp_on_four_ranks(self, job: Any, tmp_path: Path) -> None:
         for recipe in RECIPES:
             run_job(job(recipe, tmp_path / f"{recipe}-1"))
@@ -133,7 +132,6 @@ class TestOneResult:
         for recipe in RECIPES:
             assert_equal(tmp_path / f"{recipe}-4", tmp_path / f"{recipe}-1")
 
-    @pytest.mark.slow
     def test_tied_weights_full_checkpoints_and_bfloat16(self, job: Any, tmp_path: Path) -> None:
         tied = tmp_path / "gemma2"
         tiny_model("gemma2", vocab_size=300).save_pretrained(tied)
