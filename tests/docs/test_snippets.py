@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +67,6 @@ NOT_RUN = {
     "evaluate": "data sets of the Hub; tests/evaluate/test_harness.py",
     "import-lolcats": "files nobody may ship; tests/cli/test_import_lolcats.py",
     "recall": "a tokenizer of whole words; tests/cli/test_recall.py",
-    "serve": "does not return; tests/serve",
 }
 """Verbs that are parsed only."""
 
@@ -161,6 +164,7 @@ def _write_texts(root: Path) -> None:
     }
     for name, records in rows.items():
         (root / name).write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    (root / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
 
 
 @pytest.fixture
@@ -188,8 +192,41 @@ def shortened(words: list[str]) -> list[str]:
     return short
 
 
+def serve(words: list[str], place: str) -> None:
+    """Start the server on a free port, talk to it, and stop it as Ctrl-C does."""
+    words = [*words, *([] if "--port" in words else ["--port", ""])]
+    words[words.index("--port") + 1] = "0"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with subprocess.Popen(
+        [sys.executable, "-m", "equipoise", *words], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stderr is not None
+            said = list[str]()
+            for line in server.stderr:
+                said.append(line)
+                if "serving on" in line:
+                    break
+            found = re.search(r"serving on (\S+)", said[-1] if said else "")
+            assert found, f"{place}: {''.join(said)}"
+            with opener.open(f"{found[1]}/models") as answer:
+                name = json.load(answer)["data"][0]["id"]
+            asked = {"model": name, "messages": [{"role": "user", "content": "def window("}], "max_tokens": 4}
+            body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{found[1]}/chat/completions", body, headers)
+            with opener.open(request) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] >= 1
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=60) == 0
+        finally:
+            server.kill()
+
+
 def run_command(words: list[str], place: str) -> None:
     if words[0] in {*NOT_RUN, *GLOBAL}:
+        return
+    if words[0] == "serve":
+        serve(words, place)
         return
     if words[0] == "convert":  # a stand-in goes where the page makes the real one
         shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)

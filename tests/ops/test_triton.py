@@ -20,7 +20,15 @@ from torch import Tensor
 from equipoise.ops import AttentionState, Branches, dispatch, hybrid_attention
 from equipoise.ops.dispatch import BackendError, backend
 from equipoise.ops.reference import hybrid_attention_reference
-from kernel_checks import TOLERANCES, assert_agree, found
+from kernel_checks import (
+    RULES,
+    TOLERANCES,
+    assert_agree,
+    assert_same_end,
+    by_sizes,
+    found,
+    lengths_and_mixings,
+)
 from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
 
 pytest.importorskip("triton")
@@ -74,30 +82,19 @@ def check(setting: Setting, config: Config, place: tuple[str, torch.dtype]) -> N
     assert_agree(names, ours, setting.expected(place[1]), place[1])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mixing": "convex"},
-        {"mixing": "shared", "overlap": False, "packed": True, "maps": 1, "softcap": 3.0},
-    ],
-)
+@pytest.mark.parametrize("options", RULES)
 def test_outputs_and_gradients(options: dict[str, Any], place: tuple[str, torch.dtype]) -> None:
     check(Setting(70, **options), SMALL, place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 63, 130])
-@pytest.mark.parametrize(("mixing", "overlap"), list(itertools.product(("convex", "shared"), (True, False))))
-def test_lengths_and_mixings(mixing: str, overlap: bool, length: int, place: tuple[str, torch.dtype]) -> None:
-    packed, padding = length == 130, "holes" if length == 63 else "none"
-    setting = Setting(
-        length, mixing=mixing, overlap=overlap, packed=packed, padding=padding, maps=1 + overlap
-    )
-    check(setting, SMALL, place)
+@pytest.mark.parametrize(("length", "options"), lengths_and_mixings())
+def test_lengths_and_mixings(length: int, options: dict[str, Any], place: tuple[str, torch.dtype]) -> None:
+    check(Setting(length, **options), SMALL, place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.chunk}-{config.keys}-{config.warps}")
+@pytest.mark.parametrize("config", CONFIGS, ids=by_sizes)
 @pytest.mark.parametrize("mixing", ["convex", "shared"])
 def test_every_configuration(mixing: str, config: Config, place: tuple[str, torch.dtype]) -> None:
     """More than a chunk; more features than a block holds; padding and segments; a state that lags."""
@@ -166,14 +163,9 @@ def test_states(overlap: bool, as_maps: bool, place: tuple[str, torch.dtype]) ->
         maps = tuple(PositiveMap(2, seed=s).to(device).requires_grad_(False) for s in (1, 2))
     setting = Setting(41, overlap=overlap, window=10, packed=True, padding="holes")
     with using(SMALL):
-        out, state = run_parts(setting, [0, 4, 40, 41], device, dtype, maps=maps)
+        ours = run_parts(setting, [0, 4, 40, 41], device, dtype, maps=maps)
     with backend("walk"):
-        expected, expected_state = run_parts(setting, [0, 41], device, dtype, maps=maps)
-    tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    assert len(state.tensors()) == len(expected_state.tensors())
-    for one, other in zip(state.tensors(), expected_state.tensors(), strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        assert_same_end(ours, run_parts(setting, [0, 41], device, dtype, maps=maps), dtype)
 
 
 def test_padding_may_hold_anything(place: tuple[str, torch.dtype]) -> None:

@@ -17,7 +17,7 @@ from equipoise.layers.feature_maps import FEATURE_MAPS, FeatureMap, Hedgehog
 from equipoise.ops import AttentionState, Branches, hybrid_attention
 from equipoise.ops.dispatch import backend
 from equipoise.ops.reference import hybrid_attention_reference
-from kernel_checks import TOLERANCES, assert_agree, found
+from kernel_checks import RULES, assert_agree, assert_same_end, by_sizes, found, lengths_and_mixings
 from support import attention_inputs, normal, padding_mask, segments_of
 
 pytest.importorskip("triton")
@@ -104,30 +104,19 @@ def check(setting: Setting, config: Config, place: tuple[str, torch.dtype]) -> N
     assert_agree(names, ours, setting.expected(place[1]), place[1])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mixing": "convex"},
-        {"mixing": "shared", "overlap": False, "packed": True, "maps": 1, "softcap": 3.0},
-    ],
-)
+@pytest.mark.parametrize("options", RULES)
 def test_outputs_and_gradients(options: dict[str, Any], place: tuple[str, torch.dtype]) -> None:
     check(Setting(70, **options), SMALL, place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 63, 130])
-@pytest.mark.parametrize(("mixing", "overlap"), list(itertools.product(("convex", "shared"), (True, False))))
-def test_lengths_and_mixings(mixing: str, overlap: bool, length: int, place: tuple[str, torch.dtype]) -> None:
-    packed, padding = length == 130, "holes" if length == 63 else "none"
-    setting = Setting(
-        length, mixing=mixing, overlap=overlap, packed=packed, padding=padding, maps=1 + overlap
-    )
-    check(setting, SMALL, place)
+@pytest.mark.parametrize(("length", "options"), lengths_and_mixings())
+def test_lengths_and_mixings(length: int, options: dict[str, Any], place: tuple[str, torch.dtype]) -> None:
+    check(Setting(length, **options), SMALL, place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.chunk}-{config.keys}-{config.warps}")
+@pytest.mark.parametrize("config", CONFIGS, ids=by_sizes)
 @pytest.mark.parametrize("mixing", ["convex", "shared"])
 def test_every_configuration(mixing: str, config: Config, place: tuple[str, torch.dtype]) -> None:
     """More than a chunk; more of D than a step of the map's product holds; padding, segments, a lag."""
@@ -191,13 +180,9 @@ def test_states(overlap: bool, place: tuple[str, torch.dtype]) -> None:
         return torch.cat(outs, 2), state
 
     with using(SMALL):
-        out, state = parts([0, 4, 38, 41])
+        ours = parts([0, 4, 38, 41])
     with backend("walk"):
-        expected, expected_state = parts([0, 41])
-    tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    for one, other in zip(state.tensors(), expected_state.tensors(), strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        assert_same_end(ours, parts([0, 41]), dtype)
 
 
 def test_half_precision() -> None:
