@@ -7,19 +7,20 @@ STAMP := .venv/.stamp
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recall bench docs figures reference test test-slow lint format clean
+.PHONY: help setup demo recall bench docs figures reference faults lock advisories test test-slow lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install, unless it is up to date
 
-# torch goes first and alone: resolved together with the rest, its open range could fetch a CUDA build.
-$(STAMP): pyproject.toml constraints.txt
+# torch goes first and alone: which build of it fits is up to the machine. Everything else is taken by hash.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "constraints.txt pins releases that need Python 3.11 or later, but .venv has $$($(BIN)/python -V); remove .venv and run: make setup PYTHON=python3.11" >&2; exit 1; }
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup ## train, convert and audit a small model; the report lands in out/demo
@@ -43,6 +44,17 @@ figures: setup ## draw the figures of docs/method.md again
 
 reference: setup ## list the public names again, after a change that was meant
 	$(BIN)/python tools/public_names.py
+
+faults: setup ## strike runs at every point of the fault suite, resume them, and print what was lost (nothing)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults --seeds 10 --jobs $(JOBS) --output out/faults
+
+lock: setup ## pin what is installed in requirements.lock, with hashes; needs PyPI
+	$(BIN)/python tools/lock.py
+
+# pip-audit is no dependency: it asks PyPI's advisory service, so it runs where that can be reached.
+advisories: setup ## ask PyPI for known vulnerabilities of what is locked
+	@test -x out/pip-audit/bin/pip-audit || { $(BIN)/python -m venv out/pip-audit && out/pip-audit/bin/pip install -q pip-audit==2.9.0; }
+	out/pip-audit/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
 
 test: setup ## the fast tests
 	$(PYTEST)

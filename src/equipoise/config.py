@@ -5,12 +5,12 @@ A recipe is a `RunConfig`. Every field's meaning stands under it and is what the
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
 
+from equipoise.safe_yaml import read_yaml
 from equipoise.settings import ConfigError, Settings
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -346,7 +346,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not equals or not all(parts):
             raise ConfigError(f"expected key=value, for instance finetune.rank=16, got {assignment!r}.")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{assignment!r}: the value is not YAML: {error}") from None
         branch: dict[str, Any] = {}
@@ -359,25 +359,6 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string, and takes the last of two equal keys without a word; not here."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                twice = f"{key.value!r} is set twice"
-                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def load_yaml(text: str, *, source: str) -> dict[str, Any]:
     """Read a mapping from YAML.
 
@@ -385,7 +366,7 @@ def load_yaml(text: str, *, source: str) -> dict[str, Any]:
         ConfigError: not YAML, or not a mapping; names ``source``.
     """
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {error}") from None
     if not isinstance(values, dict):

@@ -50,11 +50,16 @@ def _explain(owner: type[BaseModel], error: ValidationError) -> str:
         else:
             problem = item["msg"].removeprefix("Value error, ").removesuffix(".")
             if kind != "missing" and not (kind == "value_error" and isinstance(value, dict)):
-                received[where] = f"; got {value!r}"
+                received[where] = f"; got {_shown(value)}"
         problems.setdefault(where, []).append(problem)
     return "\n".join(
         f"{where}: {', or '.join(told)}{received.get(where, '')}." for where, told in problems.items()
     )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}…"
 
 
 def _field_path(owner: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,10 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 _FULL = ("No space left on device", "os error 28", "PytorchStreamWriter", "inline_container.cc")
 """How Rust (safetensors) and torch.save word a full disk; neither raises an OSError with its number."""
+
+
+_NUMBER = re.compile(r"os error (\d+)")
+"""How Rust words all other errors of the system."""
 
 
 class VerbError(Exception):
@@ -52,6 +58,12 @@ def explain(error: Exception) -> tuple[int, str]:
         )
     if isinstance(error, OSError):
         return FAILED, f"{error.strerror or _first_line(text)}{_where(error)}."
+    number = _NUMBER.search(text)
+    if number is not None:
+        return (
+            FAILED,
+            f"{os.strerror(int(number[1]))}: a file could not be read or written ({_first_line(text)}).",
+        )
     return FAILED, (
         f"{type(error).__name__}: {_first_line(text)}. This was not foreseen; with --debug it shows where "
         "it comes from."

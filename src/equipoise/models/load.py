@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -119,7 +120,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, weights: 
         raise CheckpointError(f"{path}: expected a model's directory or its name on the Hub, got a file.")
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{name_or_path}: expected a local model directory or a model's name on the Hub; "
             f"{_first_line(error)}"
@@ -165,6 +166,7 @@ def _check_directory(path: Path, *, weights: bool) -> None:
         if isinstance(described, dict)
         else False
     )
+    check_index(path)
     files = sorted(path.glob("*.safetensors"))
     if not files and not delta and not (path / ADAPTERS).is_file():
         pickles = [p.name for p in path.glob("*.bin")]
@@ -173,6 +175,29 @@ def _check_directory(path: Path, *, weights: bool) -> None:
     for file in files:
         if file.stat().st_size < 1 << 20:  # small ones are read whole; large ones fail on loading, by name
             load_tensors(file)
+
+
+def check_index(directory: Path) -> None:
+    """Refuse an index of shards that is damaged, incomplete, or names files outside the directory.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    for path in sorted(directory.glob("*.safetensors.index.json")):
+        try:
+            shards = {
+                str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not an index of weights ({error}); copy it again.") from None
+        for shard in sorted(shards):
+            if shard in ("", ".", "..") or any(mark in shard for mark in "/\\:\0"):
+                raise CheckpointError(
+                    f"{path}: refused: it says that weights are in {shard!r}, and shards lie beside their "
+                    "index, under a plain name."
+                )
+            if not (directory / shard).is_file():
+                raise CheckpointError(f"{directory}: expected the shard {shard}, found none; copy it again.")
 
 
 def _load(

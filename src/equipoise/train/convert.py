@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -109,6 +110,8 @@ def convert(
     output = Path(output)
     check_reporter(run.report_to)
     check_watched(run, watchers)
+    check_no_secret(donor, "DONOR")
+    check_no_secret(run.data.source, "data.source")
     way = chosen_parallel(parallel)
     with joined() as here:
         check_batches(run)
@@ -183,6 +186,19 @@ def _completed(output: Path, run: RunConfig, donor: str, seed: int) -> RunRecord
         record = RunRecord(**json.loads((output / RUN).read_text(encoding="utf-8")))
         leader_does(partial(clean_up, output))
     return record
+
+
+def check_no_secret(address: str, what: str) -> None:
+    """Refuse an address with a password or token in it, since `run.json` and cards would carry it on.
+
+    Raises:
+        ConfigError: names the setting, and not the secret.
+    """
+    if re.search(r"//[^/\s@]+@", address) or re.search(r"\bhf_[A-Za-z0-9]{20,}", address):
+        raise ConfigError(
+            f"{what}: expected a name or address without a user, password or token in it, since it is "
+            "written to run.json. Give the token as HF_TOKEN, or log in with `hf auth login`."
+        )
 
 
 def check_start(work: Path, run: RunConfig, donor: str, seed: int, **more: Any) -> None:

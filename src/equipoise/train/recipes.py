@@ -93,3 +93,7 @@ def _read(name_or_file: str, beside: Path | None) -> tuple[dict[str, Any], Path 
         raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: expected a YAML text file, got bytes that are not UTF-8.") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # a zero byte in the name
+        raise ConfigError(f"{str(path)!r}: cannot read the recipe: {error}.") from None

@@ -22,6 +22,7 @@ from equipoise.files import (
     remove_directory,
     remove_leftovers,
     sha256,
+    sync,
     sync_tree,
     write_manifest,
     write_text,
@@ -104,6 +105,7 @@ def begin_checkpoint(directory: Path) -> None:
     """Make room to fill a checkpoint in."""
     shutil.rmtree(directory / SAVING, ignore_errors=True)
     make_directory(directory)
+    sync(directory.parent)  # others may have made it, and not seen to it that it stays
 
 
 def commit_checkpoint(directory: Path, step: int, keep: Collection[int | None]) -> None:

@@ -133,6 +133,7 @@ class StageTrainer(RankTrainer):
         self._was_over = self._is_resumed = self._is_saving = False
         self.whole: list[int] = []
         """Steps of checkpoints known to be whole: the one resumed from, and those written since."""
+        self._best_of_last: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -181,6 +182,7 @@ class StageTrainer(RankTrainer):
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
+        self._best_of_last = self.state.best_global_step
         self._was_over, self._is_resumed = bool(self.control.should_training_stop), True
         streamed = self._data_position()
         if streamed is not None:
@@ -222,7 +224,8 @@ class StageTrainer(RankTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             state.save_to_json(str(checkpoint_at(directory / SAVING, state.global_step) / STATE))
-            commit_checkpoint(directory, state.global_step, [*self.whole[-1:], best])
+            commit_checkpoint(directory, state.global_step, [*self.whole[-1:], self._best_of_last, best])
+        self._best_of_last = best
         self.whole.append(state.global_step)
         self.accelerator.wait_for_everyone()
 
