@@ -9,6 +9,7 @@ installed first, by its pin in constraints.txt, with what it needs itself.
 from __future__ import annotations
 
 import re
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
@@ -26,8 +27,8 @@ from packaging.version import InvalidVersion
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
 INDEX = "https://pypi.org/simple"
-ROOT = "equipoise[dev,docs]"
-APART = ("torch", "equipoise")
+EXTRAS = ("dev", "docs")
+APART = "torch"
 BUILD = ("setuptools",)  # the editable install builds with what is there
 PLATFORMS = ("linux", "darwin")
 _SYSTEM = {"linux": "Linux", "darwin": "Darwin"}
@@ -36,22 +37,32 @@ _SYSTEM = {"linux": "Linux", "darwin": "Darwin"}
 def needed(platform: str) -> set[str]:
     """Names of all packages that the development install needs on a platform, torch's own left out."""
     found: set[str] = set(BUILD)
-    waiting = [Requirement(ROOT)]
+    waiting = list(_own(platform))
     seen: set[tuple[str, str]] = set()
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         for extra in ("", *requirement.extras):
-            if name in APART[:1] or (name, extra) in seen:
+            if name == APART or (name, extra) in seen:
                 continue
             seen.add((name, extra))
             found.add(name)
             waiting += _wanted(name, extra, platform)
-    return found - set(APART)
+    return found
+
+
+def _own(platform: str) -> Iterator[Requirement]:
+    project = tomllib.loads(LOCK.with_name("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for lines in (project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)):
+        yield from _applying(lines, "", platform)
 
 
 def _wanted(name: str, extra: str, platform: str) -> Iterator[Requirement]:
-    for line in metadata.requires(name) or []:
+    return _applying(metadata.requires(name) or [], extra, platform)
+
+
+def _applying(lines: list[str], extra: str, platform: str) -> Iterator[Requirement]:
+    for line in lines:
         requirement = Requirement(line)
         about = {"extra": extra, "sys_platform": platform, "platform_system": _SYSTEM[platform]}
         if requirement.marker is None or requirement.marker.evaluate(about):

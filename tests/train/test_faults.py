@@ -46,9 +46,7 @@ ONLY = ["checkpoint: in place", "power lost: around a", "loss is NaN", "damaged:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "only", ONLY
-)
+@pytest.mark.parametrize("only", ONLY)
 def test_nothing_is_lost(only: str, tmp_path: Path) -> None:
     command = [
         sys.executable,
