@@ -9,12 +9,12 @@ installed first, by its pin in constraints.txt, with what it needs itself.
 from __future__ import annotations
 
 import re
-import tomllib
 import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import (
     InvalidSdistFilename,

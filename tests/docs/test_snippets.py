@@ -48,6 +48,7 @@ ELSEWHERE = {
     "docs/guides/many-gpus.md": "tests/train/test_parallel.py",
     "docs/sharing.md": "tests/sharing/test_export.py",
     "docs/serve.md": "tests/serve/test_serve_page.py",
+    "docs/guides/what-survives.md": "tests/train/test_faults.py",
     "docs/states.md": "tests/cli/test_states_page.py",
     "docs/how-to-tell.md": "tests/cli/test_how_to_tell.py",
     "docs/attribution.md": "tests/cli/test_attribute.py",

@@ -25,6 +25,8 @@ from equipoise.models.storage import CheckpointError, load_tensors
 
 log = logging.getLogger(__name__)
 
+_ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError)
+"""What the libraries raise over JSON that is not what they wrote."""
 ADAPTERS = "adapter_config.json"
 """What a directory of peft adapters has."""
 
@@ -95,7 +97,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         # said, not left open: transformers would ask on a terminal whether to run the code
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _ODD as error:
         raise CheckpointError(
             f"{name_or_path}: no tokenizer found beside the model ({_first_line(error)}). Copy "
             "tokenizer.json and tokenizer_config.json there."
@@ -120,7 +122,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, weights: 
         raise CheckpointError(f"{path}: expected a model's directory or its name on the Hub, got a file.")
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except _ODD as error:
         raise CheckpointError(
             f"{name_or_path}: expected a local model directory or a model's name on the Hub; "
             f"{_first_line(error)}"
@@ -214,7 +216,7 @@ def _load(
             name_or_path, dtype=dtype or usual, use_safetensors=True, trust_remote_code=trust_remote_code,
             **settings,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError) as error:
+    except _ODD as error:
         raise CheckpointError(f"{name_or_path}: cannot load the model: {_first_line(error)}") from None
     except Exception as error:  # safetensors raises its own type, without a public base
         if type(error).__name__ != "SafetensorError":
