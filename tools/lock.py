@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import tomllib
+import tomllib  # pyright: ignore[reportMissingImports]  (Python 3.11, as what it locks)
 from packaging.requirements import Requirement
 from packaging.utils import (
     InvalidSdistFilename,

@@ -222,10 +222,10 @@ def test_interrupted_run_is_kept_and_goes_on(
     with monkeypatch.context() as patch:
         step = trainer.StageTrainer.check_finite
 
-        def interrupted(self: Any, loss: torch.Tensor, where: str = "") -> None:
+        def interrupted(self: Any, loss: torch.Tensor, where: str = "", **more: Any) -> None:
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
-            step(self, loss, where)
+            step(self, loss, where, **more)
 
         patch.setattr(trainer.StageTrainer, "check_finite", interrupted)
         done = convert("zero-shot", *options)
