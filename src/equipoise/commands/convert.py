@@ -113,7 +113,7 @@ def _show_plan(
         say_json({"output": str(output), **asdict(plan)})
         return
     show(plan)
-    say(results(), f"would write to {output}; nothing was done. `equipoise plan` measures time and memory.")
+    say(results(), f"would write to {output}; nothing was done. `equipoise plan` measures time.")
 
 
 def resolve(

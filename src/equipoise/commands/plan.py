@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,25 +28,54 @@ def plan_command(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Time two layers with random weights on this machine.")
     ] = True,
+    ranks: Annotated[
+        int, typer.Option("--ranks", metavar="N", min=1, help="Processes, one device each, as for torchrun.")
+    ] = 1,
+    parallel: Annotated[
+        Literal["ddp", "fsdp2"], typer.Option("--parallel", help="Of several ranks: fsdp2 shards the donor.")
+    ] = "ddp",
+    stream_layers: Annotated[
+        bool, typer.Option("--stream-layers", help="Stage 1 with one layer in memory at a time.")
+    ] = False,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerator", metavar="NAME", help="Plan for a100, h100, h200 or b200 by data sheet."
+        ),
+    ] = None,
+    utilisation: Annotated[
+        float,
+        typer.Option(
+            "--utilisation", metavar="SHARE", min=0.01, max=1, help="Of its peak rate; an assumption."
+        ),
+    ] = 0.3,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a conversion will take: parameters, memory, tokens, disk and time.
 
-    The donor's config.json is enough: no weights are read or downloaded.
+    The donor's config.json is enough: no weights are read or downloaded. Memory is computed from shapes, time
+    is measured on two layers; with --accelerator it follows from operations and assumed rates.
 
     \b
     equipoise plan meta-llama/Llama-3.2-1B --recipe ssd --max-steps 2000
+    equipoise plan meta-llama/Llama-3.1-70B --recipe ssd --max-steps 2000 \
+        --ranks 8 --parallel fsdp2 --accelerator h100
     """
     quieten()
     from equipoise.commands.convert import resolve
+    from equipoise.planning.costs import Target
     from equipoise.planning.plan import plan_conversion
 
     run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps)
-    if probe:
-        say(progress(), "timing a slice of the donor …")
+    target = Target(
+        ranks=ranks, parallel=parallel, stream_layers=stream_layers, accelerator=accelerator,
+        utilisation=utilisation,
+    )  # fmt: skip
+    here = probe and target == Target(utilisation=utilisation)
+    say(progress(), f"following a step of the donor{', then timing a slice of it' if here else ''} …")
     try:
-        plan = plan_conversion(donor, run, probe=probe, trust_remote_code=trust_remote_code)
+        plan = plan_conversion(donor, run, probe=probe, trust_remote_code=trust_remote_code, target=target)
     except KeyboardInterrupt:
         raise VerbError("interrupted.", INTERRUPTED) from None
     if as_json:
@@ -113,10 +142,12 @@ def _print_stages(plan: Plan) -> None:
         "memory: weights": lambda stage: size(stage.weight_bytes),
         "memory: gradients, Adam": lambda stage: size(stage.training_bytes),
         "memory: activations": lambda stage: size(stage.activation_bytes),
-        "memory together": lambda stage: size(stage.memory_bytes),
+        "memory at its most": lambda stage: size(stage.memory_bytes),
+        "operations a step": lambda stage: UNKNOWN if stage.cost is None else f"{stage.cost.flops:.3g}",
         "time of a step": lambda stage: duration(stage.step_seconds),
         "time": lambda stage: duration(stage.seconds),
     }
+    rows |= _elsewhere_rows(plan)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("")
     for stage in plan.stages:
@@ -128,11 +159,58 @@ def _print_stages(plan: Plan) -> None:
     results().print("")
 
 
+def _elsewhere_rows(plan: Plan) -> dict[str, Any]:
+    """What several ranks, streamed layers and another accelerator add to the table."""
+    from equipoise.pages.format import bytes_in_words
+
+    target = plan.target
+
+    def of_cost(value: Any) -> Any:
+        return lambda stage: UNKNOWN if stage.cost is None else value(stage.cost)
+
+    rows: dict[str, Any] = {}
+    if target.ranks > 1:
+        rows["wire a step and rank"] = of_cost(lambda cost: bytes_in_words(cost.wire_bytes))
+    if target.stream_layers:
+        rows["disk, read and written"] = of_cost(lambda cost: bytes_in_words(cost.disk_bytes))
+    if target.accelerator is not None:
+        rows["bottleneck"] = of_cost(lambda cost: cost.bottleneck or UNKNOWN)
+        rows[f"{target.accelerator} hours"] = of_cost(
+            lambda cost: UNKNOWN if cost.device_hours is None else f"{cost.device_hours:,.3g}"
+        )
+    return rows
+
+
+def _say_memory(plan: Plan) -> None:
+    from equipoise.pages.format import bytes_in_words
+
+    if plan.unknown is not None:
+        say(results(), f"memory and operations are not known: {plan.unknown}")
+    elif plan.memory_bytes is not None:
+        most = max(plan.memory, key=lambda name: plan.memory[name])
+        where = "" if plan.libraries_bytes else " of the accelerator's"
+        each = "" if plan.target.ranks == 1 else " in each rank"
+        libraries = (
+            f", {bytes_in_words(plan.libraries_bytes)} of it the libraries" if plan.libraries_bytes else ""
+        )
+        say(
+            results(),
+            f"memory{where}: {bytes_in_words(plan.memory_bytes)}{each} at its most ({most}){libraries}",
+        )
+
+
 def _say_time(plan: Plan) -> None:
     from equipoise.pages.format import bytes_in_words
 
-    if plan.unmeasured is not None:
-        say(results(), f"time and activations were not measured: {plan.unmeasured}")
+    _say_memory(plan)
+    if plan.target.accelerator is not None:
+        say(
+            results(),
+            f"hours assume {plan.target.utilisation:.0%} of the {plan.target.accelerator}'s dense bfloat16 "
+            "peak; none of it was measured",
+        )
+    elif plan.unmeasured is not None:
+        say(results(), f"time was not measured: {plan.unmeasured}")
     elif plan.stages:
         words = (
             "unknown until the data is read" if plan.seconds is None else f"about {duration(plan.seconds)}"
@@ -142,7 +220,7 @@ def _say_time(plan: Plan) -> None:
             f"training on this machine ({plan.device}, {plan.dtype}): {words}, from steps on two "
             "layers; loading, reading data and looks at held-out rows come on top",
         )
-    needed = max((s.memory_bytes or s.weight_bytes + s.training_bytes for s in plan.stages), default=0)
+    needed = plan.memory_bytes or max((s.weight_bytes + s.training_bytes for s in plan.stages), default=0)
     if needed > plan.available_bytes:
         say(
             progress(),

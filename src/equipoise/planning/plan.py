@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,12 @@ from equipoise.models.families import check_family
 from equipoise.models.layout import DROPOUTS, LayerReport, reach, report_layers, state_bytes
 from equipoise.models.load import load_config
 from equipoise.models.surgery import hybridize
+from equipoise.planning.costs import ACCELERATORS, StageCost, Target
 from equipoise.planning.data_size import DataSize, data_size
-from equipoise.planning.slices import Kind, Stage, stage_cost
+from equipoise.planning.memory import LIBRARIES, at_once, weights_of
+from equipoise.planning.requirements import Scene, check_target, hidden_bytes, required
+from equipoise.planning.simulate import NotSimulatedError
+from equipoise.planning.slices import Kind, Stage, stage_seconds
 from equipoise.train.stages import lora_targets
 
 TRAINING = 3 * 4
@@ -43,12 +47,14 @@ class StagePlan:
         steps, tokens: optimiser steps and the tokens they see; None where the data's size is not known.
         at_most: early stopping may end it sooner.
         trainable: parameters that train.
-        weight_bytes: of all weights in memory.
+        weight_bytes: of weights that a process holds.
         training_bytes: of gradients and the optimiser's state.
-        activation_bytes: held for the backward pass at once; None where it was not measured.
-        memory_bytes: the sum; None likewise. Temporary buffers and the libraries come on top.
+        activation_bytes: other tensors of a micro batch at their most, temporary ones too; None where the
+            code cannot be followed without values (`equipoise.planning.simulate`).
+        memory_bytes: what a process holds at its most in this stage; None likewise.
         step_seconds: of one optimiser step; None where it was not measured.
         seconds: of the stage.
+        cost: operations, wire and disk; None like activations.
     """
 
     name: str
@@ -62,6 +68,7 @@ class StagePlan:
     memory_bytes: int | None = None
     step_seconds: float | None = None
     seconds: float | None = None
+    cost: StageCost | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,12 @@ class Plan:
         output_bytes: of what is saved.
         work_bytes: of training checkpoints and tokenised text while it runs.
         seconds: of all stages; None where one is not known.
+        target: where it is to run.
+        libraries_bytes: of the memory, what Python and the libraries take; 0 on an accelerator.
+        memory: bytes that a process holds at its most in each part of the conversion; empty where unknown.
+        memory_bytes: the largest of them; None likewise.
         unmeasured: why nothing was timed; None where it was.
+        unknown: why memory and operations are not known; None where they are.
     """
 
     donor: str
@@ -107,50 +119,73 @@ class Plan:
     output_bytes: int
     work_bytes: int
     seconds: float | None
+    target: Target = field(default_factory=Target)
+    libraries_bytes: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    memory_bytes: int | None = None
     unmeasured: str | None = None
+    unknown: str | None = None
 
 
 def plan_conversion(
-    donor: str, run: RunConfig, *, probe: bool = True, trust_remote_code: bool = False
+    donor: str,
+    run: RunConfig,
+    *,
+    probe: bool = True,
+    trust_remote_code: bool = False,
+    target: Target | None = None,
 ) -> Plan:
     """Plan a conversion from the donor's config.json; no weight is read or downloaded.
 
     Args:
         donor: directory with a config.json, or a name on the Hub.
         run: the recipe.
-        probe: time a slice of one and two layers with random weights.
+        probe: time slices of one and two layers with random weights, where this machine is the target.
         trust_remote_code: run code that comes with the donor.
+        target: ranks, one layer at a time, another accelerator; one process on this machine where None.
 
     Raises:
         CheckpointError: no configuration.
         ConversionError: a donor or a layer that does not convert.
         DataError: local data that cannot be used.
+        ConfigError: a target on which the recipe cannot run.
     """
+    target = target or Target()
+    check_target(run, target)
     config = load_config(donor, trust_remote_code=trust_remote_code, weights=False)
     check_family(str(config.model_type))
-    for field in DROPOUTS:
-        if getattr(config, field, 0):
-            setattr(config, field, 0.0)
+    for name in DROPOUTS:
+        if getattr(config, name, 0):
+            setattr(config, name, 0.0)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     parameters = sum(p.numel() for p in model.parameters())
+    device = target.accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
+    stored: torch.dtype = config.dtype or torch.bfloat16
+    dtype = torch.float32 if device == "cpu" else stored
+    weights = weights_of(model, dtype, stored)
     if run.hybrid is not None:
         hybridize(model, run.hybrid, check=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype if device == "cuda" and config.dtype is not None else torch.float32
     text: Any = config.get_text_config(decoder=True)
     length = min(run.data.context_length, text.max_position_embeddings or run.data.context_length)
     size = _data_size(run, donor)
-    stages = tuple(_stages(model, run, size.tokens, length, parameters * dtype.itemsize))
-    unmeasured = None if probe else "not asked for"
-    if probe and stages:
+    held = weights.held(ranks=target.ranks if target.parallel == "fsdp2" else 1, layers=target.stream_layers)
+    stages = tuple(_stages(model, run, size.tokens, length, held))
+    kinds = _kinds(report_layers(model))
+    scene = Scene(config, run, kinds, length, dtype, device, weights, held, target)
+    memory: dict[str, int] = {}
+    unknown = None
+    try:
+        stages, memory = required(stages, scene, size.tokens or 0)
+    except NotSimulatedError as error:
+        unknown = str(error)
+    unmeasured = "not asked for" if not probe else _elsewhere(target)
+    if unmeasured is None and stages:
         unmeasured = _too_large(model, dtype, device)
-    if probe and unmeasured is None:
-        kinds = _kinds(report_layers(model))
-        stages = tuple(_measured(stage, config, run, kinds, length, device) for stage in stages)
+    if unmeasured is None:
+        stages = tuple(_timed(stage, config, run, kinds, length, device) for stage in stages)
     mixers = _count(mixers_of(model))
     local = Path(donor).is_dir()
-    stored = parameters * (config.dtype or torch.bfloat16).itemsize
     added = 4 * (mixers + _lora(model))
     times = [stage.seconds for stage in stages]
     return Plan(
@@ -159,16 +194,28 @@ def plan_conversion(
         window=None if run.hybrid is None else run.hybrid.window, reach=reach(model),
         state_bytes=state_bytes(model), device=device, dtype=str(dtype).removeprefix("torch."),
         available_bytes=available(device), context_length=length, data=size, stages=stages,
-        download_bytes=0 if local and any(Path(donor).glob("*.safetensors")) else stored,
+        download_bytes=0 if local and any(Path(donor).glob("*.safetensors")) else weights.on_disk,
         output_bytes=added + (parameters * dtype.itemsize if run.checkpoint == "full" else 0),
-        work_bytes=_work(stages, size.tokens),
+        work_bytes=_work(stages, size.tokens) + hidden_bytes(stages, scene),
         seconds=None if None in times else math.fsum(t for t in times if t is not None),
-        unmeasured=unmeasured,
+        target=target, libraries_bytes=LIBRARIES if device == "cpu" else 0, memory=memory,
+        memory_bytes=max(memory.values(), default=None), unmeasured=unmeasured, unknown=unknown,
     )  # fmt: skip
 
 
+def _elsewhere(target: Target) -> str | None:
+    """Why the slices are not timed; None where the target is one process on this machine."""
+    if target.accelerator is not None:
+        return f"an {target.accelerator} is not here"
+    if target.stream_layers or target.ranks > 1:
+        return "only one process that holds the whole model is timed"
+    return None
+
+
 def available(device: str) -> int:
-    """Bytes of memory that are free on the device now."""
+    """Bytes of memory that are free on the device now; all of it on one that is not here."""
+    if device in ACCELERATORS:
+        return ACCELERATORS[device].memory
     return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
 
 
@@ -182,9 +229,7 @@ def _data_size(run: RunConfig, donor: str) -> DataSize:
     return data_size(run.data, donor, local=source == "stdlib" or Path(absolute_source(source)).is_absolute())
 
 
-def _stages(
-    model: Any, run: RunConfig, tokens: int | None, length: int, weight_bytes: int
-) -> list[StagePlan]:
+def _stages(model: Any, run: RunConfig, tokens: int | None, length: int, held: int) -> list[StagePlan]:
     """Steps and sizes; adapters are added to the model on the way, as training does."""
     stages: list[StagePlan] = []
     rows = None if tokens is None else tokens // length
@@ -206,7 +251,7 @@ def _stages(
                 name=name, steps=steps, trainable=trainable, training_bytes=trainable * TRAINING,
                 tokens=None if steps is None else steps * settings.batch_size * length,
                 at_most=name == "finetune" and getattr(settings, "early_stopping", None) is not None,
-                weight_bytes=weight_bytes + 4 * (_count(mixers_of(model)) + _lora(model)),
+                weight_bytes=held + 4 * (_count(mixers_of(model)) + _lora(model)),
             )
         )  # fmt: skip
     return stages
@@ -223,21 +268,16 @@ def steps_of(stage: Schedule, rows: int | None) -> int | None:
     return None if rows is None else math.ceil(stage.epochs * (rows // stage.batch_size))
 
 
-def _measured(
+def _timed(
     stage: StagePlan, config: Any, run: RunConfig, kinds: list[Kind], length: int, device: str
 ) -> StagePlan:
     settings = run.transfer if stage.name == "transfer" else run.finetune
     assert settings is not None
-    rows = settings.micro_batch_size or settings.batch_size
+    rows = at_once(settings)
     name: Stage = "transfer" if stage.name == "transfer" else "finetune"
-    cost = stage_cost(config, run, name, kinds, rows=rows, length=length, device=device)
-    held = round(cost.saved_bytes)
-    a_step = cost.seconds * (settings.batch_size // rows)
-    return replace(
-        stage, activation_bytes=held, step_seconds=a_step,
-        memory_bytes=stage.weight_bytes + stage.training_bytes + held,
-        seconds=None if stage.steps is None else stage.steps * a_step,
-    )  # fmt: skip
+    seconds = stage_seconds(config, run, name, kinds, rows=rows, length=length, device=device)
+    a_step = seconds * (settings.batch_size // rows)
+    return replace(stage, step_seconds=a_step, seconds=None if stage.steps is None else stage.steps * a_step)
 
 
 def _kinds(layers: LayerReport) -> list[Kind]:

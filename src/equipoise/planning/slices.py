@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from equipoise.config import RunConfig
+from equipoise.config import HybridConfig, RunConfig
 from equipoise.models.surgery import hybridize
 from equipoise.train.stages import finetune, transfer
 
@@ -28,34 +27,10 @@ QUICK = 2.0
 """Seconds: where a whole micro batch takes less than this, it is timed instead of one row."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one optimiser step on one micro batch.
-
-    Attributes:
-        seconds: it takes.
-        saved_bytes: activations held for the backward pass at once, at their most.
-    """
-
-    seconds: float
-    saved_bytes: float
-
-    def scaled(self, factor: float) -> Cost:
-        """As many times that."""
-        return Cost(self.seconds * factor, self.saved_bytes * factor)
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.saved_bytes + other.saved_bytes)
-
-    def beyond(self, other: Cost) -> Cost:
-        """What it takes more than the other; noise must not make that negative."""
-        return Cost(max(0.0, self.seconds - other.seconds), max(0.0, self.saved_bytes - other.saved_bytes))
-
-
-def stage_cost(
+def stage_seconds(
     config: Any, run: RunConfig, stage: Stage, kinds: Sequence[Kind], *, rows: int, length: int, device: str
-) -> Cost:
-    """Extrapolate one micro batch of a stage to all layers.
+) -> float:
+    """Seconds of a stage's optimiser step on one micro batch, extrapolated to all layers.
 
     A slice of one layer has what all share (embeddings, head, loss); a second layer of each kind says what
     such a layer adds.
@@ -72,23 +47,22 @@ def stage_cost(
     chosen = {kind: kinds.index(kind) for kind in ("converted", "local", "softmax") if kind in kinds}
     first = next(iter(chosen))
 
-    def measure(indices: list[int], count: int) -> Cost:
-        return slice_cost(config, run, stage, indices, kinds, rows=count, length=length, device=device)
+    def measure(indices: list[int], count: int) -> float:
+        return slice_seconds(config, run, stage, indices, kinds, rows=count, length=length, device=device)
 
     count = 1
     base = measure([chosen[first]], 1)
-    if rows > 1 and base.seconds * rows < QUICK:
+    if rows > 1 and base * rows < QUICK:
         count, base = rows, measure([chosen[first]], rows)
     total = base
     for kind, index in chosen.items():
         more = kinds.count(kind) - (kind == first)
-        if more:
-            both = measure([chosen[first], index], count)
-            total += both.beyond(base).scaled(float(more))
-    return total.scaled(rows / count)
+        if more:  # noise must not make a layer's time negative
+            total += more * max(0.0, measure([chosen[first], index], count) - base)
+    return total * rows / count
 
 
-def slice_cost(
+def slice_seconds(
     config: Any,
     run: RunConfig,
     stage: Stage,
@@ -98,24 +72,32 @@ def slice_cost(
     rows: int,
     length: int,
     device: str,
-) -> Cost:
-    """Run a few steps of a stage on some of the layers, by the code that trains the whole model."""
+) -> float:
+    """Seconds of a step on some of the layers, by the code that trains the whole model."""
     model = make_slice(config, indices, device)
     if run.hybrid is not None:
-        converted = tuple(i for i, index in enumerate(indices) if kinds[index] == "converted")
-        hybridize(model, run.hybrid.model_copy(update={"layers": converted}), check=False)
+        hybridize(model, slice_settings(run.hybrid, indices, kinds), check=False)
     settings = _short(run, rows)
     data = RandomRows(rows, length, config.get_text_config(decoder=True).vocab_size)
     clock = _Clock()
-    with tempfile.TemporaryDirectory() as folder, SavedBytes(model) as saved:
+    with tempfile.TemporaryDirectory() as folder:
         if stage == "transfer":
             transfer(model, settings, data, Path(folder), callbacks=[clock])
         else:
             finetune(model, settings, data, None, Path(folder), callbacks=[clock])
-    return Cost(statistics.median(clock.seconds[1:]), float(saved.peak))
+    return statistics.median(clock.seconds[1:])
 
 
-def make_slice(config: Any, indices: Sequence[int], device: str) -> PreTrainedModel:
+def slice_settings(hybrid: HybridConfig, indices: Sequence[int], kinds: Sequence[Kind]) -> HybridConfig:
+    """The settings of a slice, whose layers are counted anew."""
+    converted = tuple(i for i, index in enumerate(indices) if kinds[index] == "converted")
+    own = {i: hybrid.per_layer[indices[i]] for i in converted if indices[i] in hybrid.per_layer}
+    return hybrid.model_copy(update={"layers": converted, "per_layer": own})
+
+
+def make_slice(
+    config: Any, indices: Sequence[int], device: str, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A model of these layers only, weights random; settings that are lists over layers are cut likewise."""
     cut = copy.deepcopy(config)
     text: Any = cut.get_text_config(decoder=True)
@@ -124,7 +106,8 @@ def make_slice(config: Any, indices: Sequence[int], device: str) -> PreTrainedMo
         if isinstance(value, list) and len(value) == count:
             setattr(text, name, [value[index] for index in indices])
     text.num_hidden_layers = len(indices)
-    dtype = config.dtype if device != "cpu" and config.dtype is not None else torch.float32
+    if dtype is None:
+        dtype = config.dtype if device != "cpu" and config.dtype is not None else torch.float32
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(cut, dtype=dtype)
     return model
@@ -178,61 +161,3 @@ class _Clock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.since)
-
-
-class SavedBytes:
-    """Counts the bytes that autograd holds for backward passes, and the most it held at once (`peak`).
-
-    A storage counts once, however many tensors share it; the model's own weights do not count.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        # frozen weights are known by their place, those that train (LoRA comes later) by being leaves
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-        self._held: dict[int, int] = {}
-        self._now, self.peak = 0, 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> _Held:
-        return _Held(self, tensor)
-
-    def take(self, tensor: Tensor) -> None:
-        """One more tensor is held."""
-        storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place in self._own or (tensor.is_leaf and tensor.requires_grad):
-            return
-        if place not in self._held:
-            self._now += storage.nbytes()
-            self.peak = max(self.peak, self._now)
-        self._held[place] = self._held.get(place, 0) + 1
-
-    def release(self, tensor: Tensor) -> None:
-        """One less."""
-        storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place not in self._held:
-            return
-        self._held[place] -= 1
-        if not self._held[place]:
-            del self._held[place]
-            self._now -= storage.nbytes()
-
-
-class _Held:
-    """A saved tensor; dies with the part of the graph that needed it."""
-
-    def __init__(self, counter: SavedBytes, tensor: Tensor) -> None:
-        counter.take(tensor)
-        # detached: an output that held itself through its own graph would never be freed
-        self.counter, self.tensor = counter, tensor.detach()
-
-    def __del__(self) -> None:
-        self.counter.release(self.tensor)

@@ -38,6 +38,10 @@ from equipoise.train.stage_files import StageResult, finished_result, latest_che
 from equipoise.train.stages import finetune, lora_targets, transfer
 from equipoise.train.watching import Watcher, check_watched, mean_nll
 
+LOOK_ROWS = 8
+"""Rows that are scored at once, at most."""
+
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -66,7 +70,13 @@ class RunRecord:
     equipoise_version: str = __version__
 
 
-def mean_loss(model: PreTrainedModel, rows: PackedDataset, *, batch_size: int = 8) -> float:
+def rows_at_once(run: RunConfig) -> int:
+    """Rows to score at once: no more than a stage trains on at once, as their logits weigh as much."""
+    stages = [stage for stage in (run.transfer, run.finetune) if stage is not None]
+    return min([LOOK_ROWS, *(stage.micro_batch_size or stage.batch_size for stage in stages)])
+
+
+def mean_loss(model: PreTrainedModel, rows: PackedDataset, *, batch_size: int = LOOK_ROWS) -> float:
     """Mean next-token loss on packed rows, in nats per token, in the state the model is in."""
     subset = [rows[i] for i in range(min(HELD_OUT_ROWS, len(rows)))]
     return mean_nll(model, subset, batch_size=batch_size)
@@ -156,7 +166,7 @@ def _convert(
             model, run, data, output / WORK, seed=seed, resume=resume, console=console, watchers=watchers,
             callbacks=[ending],
         )  # fmt: skip
-        held_out["result"] = mean_loss(model, data.held_out)
+        held_out["result"] = mean_loss(model, data.held_out, batch_size=rows_at_once(run))
         console.print(
             f"held-out loss: donor {held_out['donor']:.4f}, {run.name} {held_out['result']:.4f} nats/token",
             highlight=False,
@@ -241,9 +251,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> float:
     if run.hybrid is None:
-        return mean_loss(model, data.held_out)
+        return mean_loss(model, data.held_out, batch_size=rows_at_once(run))
     with branches(model, "softmax"):
-        return mean_loss(model, data.held_out)
+        return mean_loss(model, data.held_out, batch_size=rows_at_once(run))
 
 
 def describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> None:

@@ -26,6 +26,7 @@ from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
 from equipoise.train.parallel import share_weights, summed
 from equipoise.train.probe import BranchProbe
 from equipoise.train.rank_trainer import TrainingDiverged
+from equipoise.train.releasing import release_memory
 from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
 from equipoise.train.stage_files import StageResult, clear, finished_result, latest_checkpoint, step_of
 from equipoise.train.trainer import StageTrainer, training_arguments
@@ -254,7 +255,7 @@ def finetune(
     trainer = FinetuneTrainer(
         model, arguments, rows, held_out, callbacks, watchers=watchers, stopping=stopping, settings=settings
     )
-    with _recomputing(model) if run.gradient_checkpointing else nullcontext():
+    with recomputing(model) if run.gradient_checkpointing else nullcontext():
         return run_stage(trainer, model, directory, resume)
 
 
@@ -270,7 +271,7 @@ def _watchers(
 
 
 @contextmanager
-def _recomputing(model: Any) -> Generator[None]:
+def recomputing(model: Any) -> Generator[None]:
     """Activations recomputed in the backward pass; transformers 5.23 renamed the switch."""
     renamed = hasattr(model, "activation_checkpointing_enable")
     enable, disable = (
@@ -310,6 +311,7 @@ def run_stage(trainer: StageTrainer, model: PreTrainedModel, directory: Path, re
             parameter.requires_grad_(False)
             parameter.grad = None
         model.eval()
+        release_memory()
 
 
 def lora_targets(model: nn.Module, settings: FinetuneConfig) -> tuple[str, ...]:
