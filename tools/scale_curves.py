@@ -1,8 +1,8 @@
 """Measure how memory and time grow with layers, width and tokens; fit the cost model of docs/scale.md.
 
-`python tools/scale_curves.py` writes docs/results/scale-curves.json and draws docs/figures/scale; with `--draw`
-it only draws. Time is the processor's, of the fastest of several steps on one thread (a busy machine stretches
-the clock's, not that), and is compared with operations; memory is what the
+`python tools/scale_curves.py` writes docs/results/scale-curves.json and draws docs/figures/scale; with
+`--draw` it only draws. Time is the processor's, of the fastest of several steps on one thread (a busy machine
+stretches the clock's, not that), and is compared with operations; memory is what the
 resident set grows by at its most, compared with what `equipoise.planning` says.
 """
 
@@ -26,7 +26,7 @@ from equipoise.config import RunConfig
 from equipoise.pages.plotting import FONT, INK, LINEAR, WINDOW, as_svg, canvas, style
 from equipoise.planning.memory import GAPS
 from equipoise.planning.simulate import Phase, footprint
-from equipoise.planning.slices import RandomRows
+from equipoise.planning.slices import Kind, RandomRows
 from equipoise.train.recipes import load_recipe
 from equipoise.train.stages import finetune, transfer
 
@@ -83,9 +83,8 @@ def point(phase: Phase, layers: int, width: int, tokens: int) -> dict[str, Any]:
                 finetune(model, run, rows, None, Path(folder), callbacks=[clock])
 
     _, grown = measured(train, "cpu")
-    found = footprint(
-        config, run, phase, ["converted"] * layers, rows=ROWS, length=tokens, dtype=torch.float32
-    )
+    kinds: list[Kind] = ["converted"] * layers
+    found = footprint(config, run, phase, kinds, rows=ROWS, length=tokens, dtype=torch.float32)
     return {
         "stage": phase, "layers": layers, "width": width, "tokens": tokens, "seconds": min(clock.seconds),
         "flops": found.flops, "bytes": grown, "tensors": found.peak_bytes,

@@ -58,6 +58,7 @@ ELSEWHERE = {
     "docs/native-hybrids.md": "tests/audit/test_native_verb.py",
     "docs/performance.md": "tests/cli/test_bench.py",
     "docs/recall.md": "tests/cli/test_recall.py",
+    "docs/scale.md": "tests/planning/test_memory.py",
     "docs/sweeps.md": "tests/cli/test_sweep.py",
 }
 """Pages whose snippets, or whose verbs at least, run in tests of their own."""

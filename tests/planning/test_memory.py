@@ -22,11 +22,14 @@ from equipoise.planning.memory import GAPS, LIBRARIES, Need, Weights, at_once, m
 from equipoise.planning.plan import plan_conversion
 from equipoise.planning.requirements import check_target
 from equipoise.planning.simulate import BATCH, Counted, Footprint, footprint, slice_footprint
+from equipoise.planning.slices import Kind
 from equipoise.registry import UnknownNameError
 from equipoise.train.recipes import load_recipe
 from support import FAMILIES, tiny_model
 
 ROOT = Path(__file__).parents[2]
+CONVERTED: list[Kind] = ["converted", "converted"]
+SOFTMAX: list[Kind] = ["softmax", "softmax"]
 SMALL = {"hybrid": {"window": 8}, "data": {"context_length": 64}}
 LARGE = LlamaConfig(
     vocab_size=128_256, hidden_size=16_384, intermediate_size=53_248, num_hidden_layers=126,
@@ -64,9 +67,9 @@ def test_counts_what_is_held_at_once() -> None:
 def test_operations_are_those_of_the_products() -> None:
     left, right = torch.ones(2, 3, 5), torch.ones(2, 5, 7)
     with Counted() as counted:
-        left @ right
+        torch.bmm(left, right)
         with counted.without_operations():
-            left @ right
+            torch.bmm(left, right)
     assert counted.flops == 2 * 2 * 3 * 5 * 7
 
 
@@ -74,9 +77,7 @@ def test_operations_are_those_of_the_products() -> None:
 def test_a_step_without_values_is_one_with_values(phase: Any) -> None:
     run = load_recipe("ssd", SMALL)
     config = tiny_model().config
-    found = slice_footprint(
-        config, run, phase, [0, 1], ["converted"] * 2, rows=3, length=64, dtype=torch.float32
-    )
+    found = slice_footprint(config, run, phase, [0, 1], CONVERTED, rows=3, length=64, dtype=torch.float32)
     assert run.hybrid is not None
     model = hybridize(tiny_model(), run.hybrid)
     simulate._prepare(model, run, phase)
@@ -95,7 +96,7 @@ def test_operations_of_a_donor() -> None:
     """Two a weight and token, and four a pair of tokens, head and channel."""
     config, length = tiny_model().config, 64
     run = load_recipe("lora-only")
-    found = footprint(config, run, "donor", ["softmax"] * 2, rows=2, length=length, dtype=torch.float32)
+    found = footprint(config, run, "donor", SOFTMAX, rows=2, length=length, dtype=torch.float32)
     layer = sum(p.numel() for p in tiny_model().model.layers.parameters() if p.ndim == 2)
     attention = 2 * 4 * length**2 * config.num_attention_heads * config.head_dim
     assert found.flops == 2 * length * (2 * layer + attention // length)

@@ -96,14 +96,18 @@ def required(
     trains = bool(stages)
     if trains and not scene.target.stream_layers:
         # a look at held-out rows holds whole rows of logits, before training and after it
-        needs.append(Need("held-out rows", 0, scene.tensors("evaluation", rows_at_once(scene.run))))
+        looked_at = max(1, rows_at_once(scene.run) // scene.target.ranks)
+        needs.append(Need("held-out rows", 0, scene.tensors("evaluation", looked_at)))
     for stage in stages:
         rows = at_once(scene.settings(stage), scene.target.ranks)
         phase: Phase = "transfer" if stage.name == "transfer" else "finetune"
         tensors = own = scene.tensors(phase, rows)
         if scene.run.watch is not None and stage.name == "transfer" and not scene.target.stream_layers:
             tensors = _most(own, scene.tensors("evaluation", rows))
-        needs.append(Need(stage.name, stage.weight_bytes - scene.held + stage.training_bytes, tensors))
+        added = stage.weight_bytes - scene.held + stage.training_bytes
+        if scene.target.stream_layers:  # one layer's mixer trains at a time
+            added //= max(1, sum(kind == "converted" for kind in scene.kinds))
+        needs.append(Need(stage.name, added, tensors))
         costed.append(
             replace(stage, activation_bytes=round(tensors.peak_bytes), cost=_cost(stage, scene, own, rows))
         )

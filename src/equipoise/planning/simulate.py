@@ -300,7 +300,7 @@ class Counted(TorchDispatchMode):
             return True if value.dtype == torch.bool else (1.0 if value.is_floating_point() else 1)
         if func is torch.ops.aten._grouped_mm.default:  # experts; torch knows its shapes in bfloat16 alone
             offsets = args[2] if len(args) > 2 else (kwargs or {})["offs"]
-            result, operations = _grouped_product(args[0], args[1], offsets)
+            result, operations = _grouped_product(*args[:2], offsets)
             self.flops += operations if self._counts else 0
         else:
             result = func(*args, **(kwargs or {}))
