@@ -42,7 +42,6 @@ LOOK_ROWS = 8
 """Rows that are scored at once, at most."""
 
 
-
 @dataclass(frozen=True)
 class RunRecord:
     """What a conversion did, as `run.json` holds it.
