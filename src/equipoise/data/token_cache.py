@@ -95,7 +95,7 @@ def read_stream(path: Path) -> TokenStream | None:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in ("tokens", "trained", "starts")}
             recorded = (file.metadata() or {}).get("checksum")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         _LOG.warning("rebuilding the token cache %s, which cannot be read: %s", path, error)
         return None
     if recorded != _checksum(arrays):

@@ -219,6 +219,10 @@ def _load(
     except _ODD as error:
         raise CheckpointError(f"{name_or_path}: cannot load the model: {_first_line(error)}") from None
     except Exception as error:  # safetensors raises its own type, without a public base
+        if type(error) is RuntimeError and "mismatched" in str(error):
+            raise CheckpointError(
+                f"{name_or_path}: the weights have other shapes than config.json says; they are not of one save."
+            ) from None
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"{name_or_path}: a weights file is damaged or cut off ({error}).") from None

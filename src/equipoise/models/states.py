@@ -145,7 +145,7 @@ def describe_state(path: str | Path) -> StateDescription:
             metadata = file.metadata() or {}
     except FileNotFoundError:
         raise StateError(f"{path}: expected a prompt state, found no file.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise StateError(
             f"{path}: not a complete safetensors file ({error}); copy it again, or save the state again."
         ) from None

@@ -90,7 +90,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a safetensors file, found none.") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError) as error:  # the latter over a header of bad UTF-8
         raise CheckpointError(
             f"{path}: not a complete safetensors file ({error}); copy or make it again."
         ) from None
