@@ -25,7 +25,7 @@ from equipoise.models.storage import CheckpointError, load_tensors
 
 log = logging.getLogger(__name__)
 
-_ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError)
+_ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
 """What the libraries raise over JSON that is not what they wrote."""
 ADAPTERS = "adapter_config.json"
 """What a directory of peft adapters has."""
@@ -221,7 +221,7 @@ def _load(
     except Exception as error:  # safetensors raises its own type, without a public base
         if type(error) is RuntimeError and "mismatched" in str(error):
             raise CheckpointError(
-                f"{name_or_path}: the weights have other shapes than config.json says; they are not of one save."
+                f"{name_or_path}: its weights have other shapes than config.json says: not of one save."
             ) from None
         if type(error).__name__ != "SafetensorError":
             raise
