@@ -43,6 +43,7 @@ RUN = (
 """Pages whose snippets run here, in order, one page after another in its own folder."""
 
 ELSEWHERE = {
+    "docs/guides/larger-than-memory.md": "tests/train/test_layer_workers.py",
     "docs/extending.md": "tests/test_docs.py",
     "docs/command-line.md": "tests/planning/test_plan.py",
     "docs/guides/many-gpus.md": "tests/train/test_parallel.py",
@@ -80,7 +81,7 @@ DONORS = {
 }
 """Donors of the pages that run, and the family of their stand-ins."""
 
-SHELL = {".", "cd", "curl", "echo", "export", "git", "hf", "make", "pip", "python"}
+SHELL = {".", "cd", "curl", "echo", "export", "git", "hf", "make", "pip", "python", "torchrun"}
 """Programs of others, taken as they stand."""
 
 

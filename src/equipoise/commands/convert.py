@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from equipoise.commands.failures import FAILED, INTERRUPTED, VerbError, told_when_full
+from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
 from equipoise.commands.options import MaxSteps, Recipe, Settings, Streaming, TrainingData, TrustRemoteCode
 from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
@@ -39,6 +39,18 @@ def convert_command(
         typer.Option("--parallel", help="Under torchrun or accelerate launch: fsdp2 also shards the donor."),
     ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run, if any.")] = False,
+    stream_layers: Annotated[
+        bool,
+        typer.Option(
+            "--stream-layers",
+            help="One layer in memory at a time, for models larger than that. Stage 1 only (needs `--set "
+            "finetune=null`): stage 2 of such models is FSDP2's.",
+        ),
+    ] = False,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Help a run with --stream-layers, from another process or machine."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and do nothing.")
     ] = False,
@@ -52,37 +64,39 @@ def convert_command(
     equipoise convert ./donor --recipe lolcats --output out/lolcats --data corpus.jsonl \\
         --set hybrid.window=32 --set finetune.learning_rate=5e-4 --max-steps 200
     torchrun --nproc-per-node 8 -m equipoise convert ./donor --recipe ssd --output out/ssd
+    equipoise convert ./large --recipe ssd --output out/large --stream-layers --set finetune=null \\
+        --set watch=null
     """
     quieten()
     run = resolve(
         recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to,
         streaming=streaming,
     )  # fmt: skip
+    _check_streaming(run, stream_layers=stream_layers, join=join, resume=resume)
     if dry_run:
         _show_plan(donor, run, output, resume=resume, trust_remote_code=trust_remote_code, as_json=as_json)
         return
     from equipoise.distributed import PeerLost
     from equipoise.train.convert import convert
     from equipoise.train.ending import TERMINATED, Terminated
+    from equipoise.train.layer_convert import convert_by_layers
     from equipoise.train.outputs import WORK
     from equipoise.train.rank_trainer import TrainingDiverged
     from equipoise.train.stage_files import latest_checkpoint
 
+    started: dict[str, Any] = {
+        "seed": seed, "resume": resume, "console": progress(), "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     try:
         with told_when_full(
             output, "No half-written model was left there. Free some space and go on with --resume."
         ):
-            record = convert(
-                donor,
-                run,
-                output,
-                seed=seed,
-                resume=resume,
-                console=progress(),
-                trust_remote_code=trust_remote_code,
-                watchers=recall_watchers(run, donor),
-                parallel=parallel,
-            )
+            if stream_layers:
+                record = convert_by_layers(donor, run, output, join=join, **started)
+            else:
+                record = convert(
+                    donor, run, output, watchers=recall_watchers(run, donor), parallel=parallel, **started
+                )
     except KeyboardInterrupt:
         raise VerbError(f"interrupted{_kept(output / WORK)}", INTERRUPTED) from None
     except PeerLost as error:
@@ -93,10 +107,25 @@ def convert_command(
         kept = [path for stage in STAGES if (path := latest_checkpoint(output / WORK / stage)) is not None]
         last = f" The last good training checkpoint is kept: {kept[-1]}." if kept else ""
         raise VerbError(f"{error}{last}", FAILED) from error
-    if as_json:
+    if record is None:
+        say(results(), f"{run.name}: no work left for this worker; the run in {output} finishes by itself")
+    elif as_json:
         say_json({"output": str(output), **asdict(record)})
     else:
         _say_next(run, output)
+
+
+def _check_streaming(run: RunConfig, *, stream_layers: bool, join: bool, resume: bool) -> None:
+    if join and not stream_layers:
+        raise UsageError("--join helps a run with --stream-layers: give both.")
+    if join and resume:
+        raise UsageError(
+            "--join helps a run that goes on, --resume goes on with a stopped one: give one of them."
+        )
+    if stream_layers:
+        from equipoise.train.layer_convert import check_streamable
+
+        check_streamable(run)
 
 
 def _show_plan(
@@ -156,6 +185,8 @@ def _is_present(shipped: RunConfig, changes: dict[str, Any], stage: str) -> bool
 
 
 def _kept(work: Path) -> str:
+    if any(work.glob("layer-*/*")) or any(work.glob("inputs/done/*")):
+        return f". The same command with --resume goes on from the layers in {work}."
     if any(work.glob("*/checkpoint-*")):
         return f". The same command with --resume goes on from the checkpoints in {work}."
     return " before the first training checkpoint; nothing was kept."

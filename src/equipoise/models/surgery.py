@@ -90,14 +90,16 @@ def attach(model: PreTrainedModel, config: HybridConfig, *, seed: int = 0) -> No
     model.set_attn_implementation(ATTENTION)
 
 
-def make_mixer(module: Any, text: Any, config: HybridConfig, index: int, seed: int) -> HybridMixer:
-    """A mixer on the layer's device: float32 whatever the donor is held in, float64 where it is that."""
+def make_mixer(
+    module: Any, text: Any, config: HybridConfig, index: int, seed: int, device: torch.device | None = None
+) -> HybridMixer:
+    """A mixer on the layer's device or the one given: float32, or float64 where the donor is held in that."""
     parameter = next(module.parameters())
     heads, kv_heads, size = head_sizes(text, module)
     own = config.for_layer(index)
     mixer = HybridMixer(own, heads=heads, kv_heads=kv_heads, head_dim=size, layer_idx=index)
     mixer.reset_parameters(seed)
-    return mixer.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+    return mixer.to(device or parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:

@@ -125,7 +125,7 @@ def convert(
     with joined() as here:
         check_batches(run)
         if resume and from_leader(left_behind(output)):
-            return _completed(output, run, donor, seed)
+            return completed(output, run, donor, seed)
         if console is None or not here.is_leader:
             console = Console(stderr=True, quiet=not here.is_leader)
         with claimed_by_leader(output, resume=resume), ended_by_sigterm() as ending:
@@ -188,10 +188,10 @@ def _convert(
     return record
 
 
-def _completed(output: Path, run: RunConfig, donor: str, seed: int) -> RunRecord:
+def completed(output: Path, run: RunConfig, donor: str, seed: int, **more: Any) -> RunRecord:
     """The record of a run that was killed when its result was in place, but not its checkpoints out of it."""
     with only_run(output) if ranks().is_leader else nullcontext():
-        leader_does(partial(check_start, output / WORK, run, donor, seed))
+        leader_does(partial(check_start, output / WORK, run, donor, seed, **more))
         record = RunRecord(**json.loads((output / RUN).read_text(encoding="utf-8")))
         leader_does(partial(clean_up, output))
     return record
@@ -290,6 +290,8 @@ def train(
     if run.finetune is not None:
         lora_targets(model, run.finetune)  # a wrong name is known before stage 1 has run for hours
     set_seed(seed)
+    config: Any = model.config
+    use_cache = config.use_cache
     rows, looked_at = data.rows, data.held_out if data.aside is None else data.aside
     if run.transfer is not None:
         place = work / "transfer"
@@ -305,6 +307,7 @@ def train(
                 model, run, rows, looked_at, place, seed=seed, callbacks=[*shown, *callbacks],
                 watchers=watchers, resume=resume,
             )  # fmt: skip
+    config.use_cache = use_cache  # Trainer switches it off
     return results
 
 

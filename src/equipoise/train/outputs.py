@@ -30,6 +30,7 @@ START = "start.json"
 """In the work folder: what the run was started with, so that it is not resumed with something else."""
 STAGING = ".staging"
 _PROBE = ".write-test"
+_KEPT = ("*/checkpoint-*", "*/finished.json", "inputs/done/*")
 _LAST = ("config.json", MANIFEST, RUN)
 """Moved into an output last, in this order, each when what came before is on the disk."""
 
@@ -165,4 +166,4 @@ def _worth_keeping(output: Path) -> bool:
     """Whether a run that failed has something to go on from, or has begun to move its model in place."""
     own = (WORK, LOGS, LOCK, STAGING, _PROBE)
     moved = any(path.name not in own for path in output.iterdir())
-    return moved or any(any((output / WORK).glob(name)) for name in ("*/checkpoint-*", "*/finished.json"))
+    return moved or any(any((output / WORK).glob(name)) for name in _KEPT)

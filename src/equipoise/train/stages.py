@@ -285,7 +285,7 @@ def recomputing(model: Any) -> Generator[None]:
         disable()
 
 
-def run_stage(trainer: StageTrainer, model: PreTrainedModel, directory: Path, resume: bool) -> StageResult:
+def run_stage(trainer: StageTrainer, model: nn.Module, directory: Path, resume: bool) -> StageResult:
     """Train from the start, from a checkpoint, or not at all where the stage is done; then freeze all."""
     try:
         done = from_leader(finished_result(directory, tell=ranks().is_leader)) if resume else None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -103,7 +103,7 @@ class StageTrainer(RankTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         arguments: TrainingArguments,
         rows: Dataset[Any],
         held_out: Dataset[Any] | None = None,
