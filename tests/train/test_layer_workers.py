@@ -92,7 +92,7 @@ def test_ranks_of_torchrun_share_the_layers(command: Any, tmp_path: Path) -> Non
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said = finish(start([*torchrun, *command("ranks")]))
     assert_equal(tmp_path / "ranks", tmp_path / "whole")
-    assert said.count(", 12 steps,") == 3  # each layer once, whoever took it
+    assert said.count("held-out loss") == 1  # one rank finishes; what the others train they do quietly
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
