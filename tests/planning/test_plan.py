@@ -160,7 +160,7 @@ def test_the_table_fits_the_terminal(bare: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("COLUMNS", str(columns))
     done = cli("plan", bare, "--recipe", "ssd", "--max-steps", 3, "--no-probe", "--set", "hybrid.window=8")
     assert done.exit_code == 0, done.stderr
-    table = done.stdout.split("time and activations")[0]
+    table = done.stdout.split("\nmemory: ")[0]
     assert max(map(len, table.splitlines())) <= columns
     assert "\x1b" not in done.stdout
     for words in ("finetune", "Adam", "not measured: not asked for"):
@@ -171,7 +171,7 @@ def test_memory_that_is_not_there(bare: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(planning, "available", lambda device: 1000)
     done = cli("plan", bare, "--recipe", "ssd", "--max-steps", 3, "--set", "hybrid.window=8")
     assert done.exit_code == 0, done.stderr
-    assert "were not measured: two layers and the embeddings take" in " ".join(done.stdout.split())
+    assert "time was not measured: two layers and the embeddings take" in " ".join(done.stdout.split())
     assert "warning: this needs" in done.stderr
 
 

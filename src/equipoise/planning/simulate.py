@@ -248,10 +248,10 @@ class _Probe(BranchProbe):
             super()._gradients(*args)
 
 
-def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
+def _grouped_product(left: Tensor, right: Tensor, offs: Tensor, **_: Any) -> tuple[Tensor, int]:
     """An empty result of `torch._grouped_mm`, and its operations: each row meets one group's matrix."""
     if left.ndim == 2 and right.ndim == 2:  # groups along what is summed: gradients of the matrices
-        return left.new_empty(len(offsets), left.shape[0], right.shape[1]), 2 * left.numel() * right.shape[1]
+        return left.new_empty(len(offs), left.shape[0], right.shape[1]), 2 * left.numel() * right.shape[1]
     if left.ndim == 3 and right.ndim == 2:
         return left.new_empty(left.shape[1], right.shape[1]), 2 * right.numel() * left.shape[1]
     rows = left.shape[:-1]
@@ -299,8 +299,7 @@ class Counted(TorchDispatchMode):
             value = args[0]
             return True if value.dtype == torch.bool else (1.0 if value.is_floating_point() else 1)
         if func is torch.ops.aten._grouped_mm.default:  # experts; torch knows its shapes in bfloat16 alone
-            offsets = args[2] if len(args) > 2 else (kwargs or {})["offs"]
-            result, operations = _grouped_product(*args[:2], offsets)
+            result, operations = _grouped_product(*args, **(kwargs or {}))
             self.flops += operations if self._counts else 0
         else:
             result = func(*args, **(kwargs or {}))
