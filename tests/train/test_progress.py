@@ -22,7 +22,7 @@ def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
 
 
 def state(step: int, total: int = 200) -> Any:
-    return SimpleNamespace(global_step=step, max_steps=total)
+    return SimpleNamespace(global_step=step, max_steps=total, log_history=[])
 
 
 def drive(report: ProgressReport, steps: range) -> None:

@@ -227,9 +227,13 @@ class TestDivergence:
         with pytest.raises(TrainingDiverged) as caught:
             run_stage(run, model, rows, tmp_path, callbacks=[poison])
         message = str(caught.value)
-        what = "gradient norm" if strike is nan_gradient else "loss"
         layer = " of layer 1" if stage == "transfer" else ""
-        assert f"{stage}: the {what}{layer} is nan at step 5;" in message
+        if strike is nan_gradient:
+            assert f"{stage}: the gradient is not finite at step 5: " in message
+            assert "in 1 parameters" in message
+            assert "layers.1." in message
+        else:
+            assert f"{stage}: the loss{layer} is nan at step 5;" in message
         assert f"Lower {stage}.learning_rate (now 0.0" in message
         assert_same(model, poison.before)
         newest = latest_checkpoint(tmp_path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from equipoise.layers.guards import NumericalGuard
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.ops import Branches
 
@@ -26,7 +27,11 @@ class BranchProbe:
     output: dict[str, float] = field(default_factory=lambda: {"window": 0.0, "linear": 0.0})
     gradient: dict[str, float] = field(default_factory=lambda: {"window": 0.0, "linear": 0.0})
 
+    guard: NumericalGuard | None = field(default_factory=NumericalGuard)
+
     def __call__(self, mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        if self.guard is not None:
+            self.guard(mixer, inputs.detach())
         if mixer.config.window is None or mixer.config.feature_map is None:
             return
         detached = inputs.detach()
@@ -48,11 +53,12 @@ class BranchProbe:
             self.gradient[name] += sum(g.float().square().sum().item() for g in grads if g is not None)
 
     def results(self) -> dict[str, float]:
-        """linear_output_share, window_gradient, linear_gradient; empty where nothing was seen."""
+        """linear_output_share, window_gradient, linear_gradient, and the guard's counts; what was seen."""
         window, linear = (self.output[name] ** 0.5 for name in ("window", "linear"))
+        results = {} if self.guard is None else self.guard.results()
         if window + linear == 0:
-            return {}
-        results = {"linear_output_share": linear / (window + linear)}
+            return results
+        results["linear_output_share"] = linear / (window + linear)
         if any(self.gradient.values()):
             results |= {f"{name}_gradient": value**0.5 for name, value in self.gradient.items()}
         return results

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 
 from equipoise.bars import BAR, WIDE, fitted
+from equipoise.layers.guards import warnings_of
 
 LINES = 10
 """About how many lines a stage prints where there is no terminal to draw on."""
@@ -92,6 +93,11 @@ class ProgressReport(TrainerCallback):
             highlight=False,
             soft_wrap=True,
         )
+
+        for line in warnings_of(state.log_history):
+            self.console.print(
+                f"warning: {self.label}: {line}", style="yellow", highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         """Take the bar down; safe to call twice."""

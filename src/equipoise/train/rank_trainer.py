@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from equipoise.distributed import gathered, ranks
+from equipoise.layers.guards import NumericalGuard
 from equipoise.train.ending import EndWhenAsked
 from equipoise.train.parallel import average_gradients, first_told, summed
 from equipoise.train.probe import BranchProbe
@@ -69,7 +70,8 @@ class RankTrainer(Trainer):
         if self.probe is not None:
             # Trainer multiplies a rank's loss by their number, since gradients are averaged afterwards
             gradient = {n: v / ranks().count ** 2 for n, v in summed(self.probe.gradient).items()}
-            self.branch_metrics = BranchProbe(summed(self.probe.output), gradient).results()
+            guard = NumericalGuard(summed({} if self.probe.guard is None else self.probe.guard.sums))
+            self.branch_metrics = BranchProbe(summed(self.probe.output), gradient, guard).results()
             self.probe = None
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from equipoise.config import ConfigError, FinetuneConfig, RunConfig, Schedule
 from equipoise.distributed import from_leader, leader_does, ranks
+from equipoise.layers.guards import NumericalGuard, add_sums, guard_results
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import add_lora
@@ -57,10 +58,13 @@ class TransferTrainer(StageTrainer):
         inputs = self._prepare_inputs(inputs)
         losses: list[Tensor] = []
         share, logs = self._share, self.logs_this_step
+        guard = NumericalGuard()
 
         def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
             if mixer.phi_q is None:  # a layer that was given a window only: nothing to learn
                 return
+            if logs:
+                guard(mixer, seen.detach())
             # autocast is for the donor: maps run in float32 in every forward pass, and so must learn in it
             with torch.enable_grad(), torch.autocast(seen.q.device.type, enabled=False):
                 loss = self.objective(LayerTarget(mixer, seen.detach(), output.detach()))
@@ -75,15 +79,19 @@ class TransferTrainer(StageTrainer):
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
         with capture(model, observer), torch.no_grad(), self.accelerator.autocast():
             run_decoder(hybrid, **arguments, use_cache=False)
+        if logs:
+            add_sums(share, guard.sums)
         return torch.stack(losses).mean() / self.current_gradient_accumulation_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Layer by layer: a layer with large gradients must not slow the others down."""
         self.meet_gradients()
         if self.logs_this_step:
-            self.branch_metrics = _transfer_metrics(summed(self._share), mixers_of(model))
+            sums = summed(self._share)
+            self.branch_metrics = _transfer_metrics(sums, mixers_of(model)) | guard_results(sums)
             self._share.clear()
         norms: list[Tensor] = []
+        self.check_gradients()
         for mixer in mixers_of(model):
             if not any(True for _ in mixer.parameters()):
                 continue
@@ -93,7 +101,7 @@ class TransferTrainer(StageTrainer):
 
 
 def _add_share(share: dict[str, float], mixer: HybridMixer, seen: LayerInputs) -> None:
-    probe = BranchProbe()
+    probe = BranchProbe(guard=None)  # the layer's numbers are looked at before its loss
     probe(mixer, seen.detach(), seen.q.detach())
     for name, value in probe.output.items():
         share[name] = share.get(name, 0.0) + value
@@ -137,6 +145,7 @@ class FinetuneTrainer(StageTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.meet_gradients()
+        self.check_gradients()
         norm = super()._clip_grad_norm(model)
         self.check_finite(torch.as_tensor(norm), "gradient norm", everywhere=True)
         return norm

@@ -21,13 +21,14 @@ from equipoise.data.packing import collate
 from equipoise.data.sources import DataError
 from equipoise.data.streaming import StreamedRows
 from equipoise.files import write_atomically
+from equipoise.layers.guards import nonfinite_gradients
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import observe
 from equipoise.models.storage import CheckpointError, load_tensors
 from equipoise.train.continuity import DataPosition, StageClock, UnloggedLoss
 from equipoise.train.parallel import share_of_batch
 from equipoise.train.probe import BranchProbe
-from equipoise.train.rank_trainer import RankTrainer
+from equipoise.train.rank_trainer import RankTrainer, TrainingDiverged
 from equipoise.train.stage_files import (
     SAVING,
     STATE,
@@ -233,6 +234,23 @@ class StageTrainer(RankTrainer):
         """Where Trainer writes: checkpoints go where they are filled first."""
         directory = Path(str(self.args.output_dir))
         return str(directory / SAVING if self._is_saving else directory)
+
+    def check_gradients(self) -> None:
+        """Stop before clipping spreads a gradient that is not finite over all of them.
+
+        Raises:
+            TrainingDiverged: says how many numbers of which parameters.
+        """
+        found = nonfinite_gradients(self.trained().items())
+        if not found:
+            return
+        first = next(iter(found))
+        raise TrainingDiverged(
+            f"{self.stage_name}: the gradient is not finite at step {self.state.global_step + 1}: "
+            f"{sum(found.values())} elements in {len(found)} parameters, the first {first}; that step was "
+            f"not taken. Lower {self.stage_name}.learning_rate (now {self.args.learning_rate:g}) or "
+            f"{self.stage_name}.max_grad_norm (now {self.args.max_grad_norm:g})."
+        )
 
     def keep_last_good(self) -> str:
         """Write the weights before the step that diverged as a checkpoint; says so, or why there is none."""
