@@ -52,7 +52,7 @@ def test_every_setting_named_exists() -> None:
     named = {span.partition("=")[0] for text in texts() for span in spans(text) if not span.startswith("--")}
     assert len(named) > 10
     assert sorted(name for name in named if not exists(name)) == []
-    assert not exists("hybrid.write_gate")
+    assert not exists("hybrid.read_gate")
 
 
 def test_no_setting_is_named_outside_backticks() -> None:

@@ -254,4 +254,4 @@ def test_a_plan_has_memory_without_a_probe(tmp_path: Path) -> None:
         str(tmp_path), load_recipe("ssd", SMALL | {"transfer": {"max_steps": 1}}), probe=False
     )
     assert plan.memory_bytes == max(plan.memory.values()) > LIBRARIES
-    assert set(plan.memory) == {"held-out rows", "transfer", "finetune"}
+    assert set(plan.memory) == {"loading", "held-out rows", "transfer", "finetune"}
