@@ -232,7 +232,7 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
         if mixer.phi_q is None or mixer.phi_k is None:
             return
         gate = torch.as_tensor(mixer.gate(inputs.q), dtype=torch.double, device=inputs.q.device)
-        gate = _of_linear_heads(mixer, gate.expand(*inputs.q.shape[:3]))
+        gate = mixer.of_linear_heads(gate.expand(*inputs.q.shape[:3]))
         inputs = mixer.linear_inputs(inputs)
         phi_q, phi_k = mixer.phi_q(inputs.q.double()), _clean(mixer.phi_k(inputs.k.double()), inputs)
         _add_ranks(totals, mixer, inputs, rows, phi_k)
@@ -247,36 +247,16 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
                 inputs.sink_logits,
             )  # fmt: skip
             eligible[:, :, queries] = (block.causal & ~block.near).any(-1).double()
-        by_head = _on_all_heads(mixer, (entropy * real).sum(-1))
+        by_head = mixer.on_all_heads((entropy * real).sum(-1))
         totals.add("linear_entropy", mixer.layer_idx, rows, by_head, real.sum(-1))
         if mixer.config.window is not None:
             counted = real * eligible
             # NaN times 0 is NaN: what does not count is left out first
             kept = mass.masked_fill(counted == 0, 0)
-            by_head = _on_all_heads(mixer, kept.sum(-1))
+            by_head = mixer.on_all_heads(kept.sum(-1))
             totals.add("hybrid_mass_outside", mixer.layer_idx, rows, by_head, counted.sum(-1))
 
     return observer
-
-
-def _heads(mixer: HybridMixer) -> Sequence[int]:
-    """The query heads that have a linear branch."""
-    return range(mixer.heads) if mixer.config.linear_heads is None else mixer.config.linear_heads
-
-
-def _of_linear_heads(mixer: HybridMixer, values: Tensor) -> Tensor:
-    heads = mixer.config.linear_heads
-    return values if heads is None else values[:, list(heads)]
-
-
-def _on_all_heads(mixer: HybridMixer, values: Tensor) -> Tensor:
-    """[B, h] of the heads with a linear branch as [B, H], undefined for the others."""
-    heads = mixer.config.linear_heads
-    if heads is None:
-        return values
-    whole = values.new_full((values.shape[0], mixer.heads), torch.nan)
-    whole[:, list(heads)] = values
-    return whole
 
 
 def _mass_outside(
@@ -319,7 +299,7 @@ def _add_ranks(
     }
     ones = torch.ones(len(rows), 1, device=singular.device)
     for name, rank in ranks.items():
-        by_head = _on_all_heads(mixer, rank.repeat_interleave(len(_heads(mixer)) // rank.shape[1], 1))
+        by_head = mixer.on_all_heads(rank.repeat_interleave(mixer.linear_heads // rank.shape[1], 1))
         totals.add(name, mixer.layer_idx, rows, by_head, ones)
 
 

@@ -200,6 +200,25 @@ class HybridMixer(nn.Module):
             reuse_state=reuse_state,
         )  # fmt: skip
 
+    @property
+    def linear_heads(self) -> int:
+        """How many query heads have a linear branch, where the layer has one."""
+        return self.heads if self.config.linear_heads is None else len(self.config.linear_heads)
+
+    def of_linear_heads(self, values: Tensor) -> Tensor:
+        """[B, H, ...] of all query heads as [B, h, ...] of those with a linear branch."""
+        heads = self.config.linear_heads
+        return values if heads is None else values[:, list(heads)]
+
+    def on_all_heads(self, values: Tensor) -> Tensor:
+        """The other way; undefined (NaN) for heads without a linear branch."""
+        heads = self.config.linear_heads
+        if heads is None:
+            return values
+        whole = values.new_full((values.shape[0], self.heads, *values.shape[2:]), torch.nan)
+        whole[:, list(heads)] = values
+        return whole
+
     def linear_inputs(self, inputs: LayerInputs) -> LayerInputs:
         """The same of the heads that have a linear branch."""
         if self.config.linear_heads is None:
