@@ -69,10 +69,10 @@ def test_words_are_cut_to_the_room_there_is(room: int, expected: str) -> None:
 
 
 def test_every_bar_is_made_here() -> None:
-    """Rich's own wrap or lose their figures on narrow terminals; a stage's has words of its own."""
+    """Rich's own wrap or lose their figures on narrow terminals; those of stages have words of their own."""
     makers = {
         str(p.relative_to(SOURCES))
         for p in SOURCES.rglob("*.py")
         if re.search(r"\bProgress\(", p.read_text())
     }
-    assert makers == {"bars.py", "train/progress.py"}
+    assert makers == {"bars.py", "train/layer_progress.py", "train/progress.py"}

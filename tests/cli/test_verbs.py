@@ -26,7 +26,6 @@ SMALL = (
     "audit",
     "card",
     "compare",
-    "convert",
     "demo",
     "export",
     "generate",
@@ -36,7 +35,7 @@ SMALL = (
     "recipes",
     "sweep",
 )
-VERBS = (*SMALL, "attribute", "bench", "evaluate", "recall")
+VERBS = (*SMALL, "attribute", "convert", "bench", "evaluate", "recall")
 
 QUICK = ("lolcats", "lora-only", "ssd", "swa-sinks", "t2r")
 """Recipes that stand for all where time counts: each takes another way through a conversion."""

@@ -30,6 +30,10 @@ def cli(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+SHORT = ("--set", "hybrid.window=8", "--set", "data.context_length=32")
+"""Rows short enough to be counted through quickly."""
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """A donor's directory with nothing but its config.json."""
@@ -158,7 +162,7 @@ def test_steps_that_only_the_data_can_tell_are_unknown(bare: Path, monkeypatch: 
 @pytest.mark.parametrize("columns", [40, 100])
 def test_the_table_fits_the_terminal(bare: Path, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    done = cli("plan", bare, "--recipe", "ssd", "--max-steps", 3, "--no-probe", "--set", "hybrid.window=8")
+    done = cli("plan", bare, "--recipe", "ssd", "--max-steps", 3, "--no-probe", *SHORT)
     assert done.exit_code == 0, done.stderr
     table = done.stdout.split("\nmemory: ")[0]
     assert max(map(len, table.splitlines())) <= columns
@@ -169,7 +173,7 @@ def test_the_table_fits_the_terminal(bare: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_memory_that_is_not_there(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "available", lambda device: 1000)
-    done = cli("plan", bare, "--recipe", "ssd", "--max-steps", 3, "--set", "hybrid.window=8")
+    done = cli("plan", bare, "--recipe", "ssd", "--max-steps", 3, *SHORT)
     assert done.exit_code == 0, done.stderr
     assert "time was not measured: two layers and the embeddings take" in " ".join(done.stdout.split())
     assert "warning: this needs" in done.stderr
@@ -191,7 +195,7 @@ def test_refusals(tmp_path: Path, bare: Path) -> None:
 
 
 def test_dry_run_of_a_conversion_does_nothing(bare: Path, tmp_path: Path) -> None:
-    common = ("convert", bare, "--recipe", "ssd", "--max-steps", 3, "--set", "hybrid.window=8", "--dry-run")
+    common = ("convert", bare, "--recipe", "ssd", "--max-steps", 3, *SHORT, "--dry-run")
     done = cli(*common, "--output", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     assert f"would write to {tmp_path / 'out'}; nothing was done" in done.stdout

@@ -74,7 +74,8 @@ def convert_command(
     )  # fmt: skip
     _check_streaming(run, stream_layers=stream_layers, join=join, resume=resume)
     if dry_run:
-        _show_plan(donor, run, output, resume=resume, trust_remote_code=trust_remote_code, as_json=as_json)
+        asked = {"resume": resume, "stream_layers": stream_layers, "trust_remote_code": trust_remote_code}
+        _show_plan(donor, run, output, as_json=as_json, **asked)
         return
     from equipoise.distributed import PeerLost
     from equipoise.train.convert import convert
@@ -129,15 +130,24 @@ def _check_streaming(run: RunConfig, *, stream_layers: bool, join: bool, resume:
 
 
 def _show_plan(
-    donor: str, run: RunConfig, output: Path, *, resume: bool, trust_remote_code: bool, as_json: bool
+    donor: str,
+    run: RunConfig,
+    output: Path,
+    *,
+    resume: bool,
+    stream_layers: bool,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """What a conversion would do; everything that can be refused without reading weights is."""
     from equipoise.commands.plan import show
+    from equipoise.planning.costs import Target
     from equipoise.planning.plan import plan_conversion
     from equipoise.train.outputs import check_output
 
     check_output(output, resume=resume)
-    plan = plan_conversion(donor, run, probe=False, trust_remote_code=trust_remote_code)
+    target = Target(stream_layers=True) if stream_layers else None
+    plan = plan_conversion(donor, run, probe=False, trust_remote_code=trust_remote_code, target=target)
     if as_json:
         say_json({"output": str(output), **asdict(plan)})
         return
