@@ -291,9 +291,8 @@ def spread(
     """``work`` of every unit, in their order and on every rank; ranks share them out one by one.
 
     A unit's result does not depend on how many ranks there are, so that sums over them in order do not
-    either. Ranks
-    that run out of units repeat the last one: a sharded model's forward pass needs all ranks. ``tick`` is
-    called once a unit.
+    either. Ranks that run out of units repeat the last one: a sharded model's forward pass needs all ranks.
+    ``tick`` is called once a unit.
     """
     here = ranks()
     mine: list[T] = []

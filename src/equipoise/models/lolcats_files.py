@@ -5,7 +5,6 @@ Shapes: H query heads, D head_dim, F columns of a feature map's W, r LoRA rank.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equipoise.files import sha256
 from equipoise.models.storage import CheckpointError, load_tensors
 
 _INSIDE = ("model_state_dict", "state_dict", "model")
@@ -136,19 +136,11 @@ def read_weights(files: Sequence[Path]) -> LolcatsWeights:
             {
                 "name": path.name,
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256(path),
                 "tensors": len(state),
             }
         )
     return _sorted(merged, tuple(described), replaced)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sorted(merged: dict[str, Tensor], files: tuple[dict[str, Any], ...], replaced: int) -> LolcatsWeights:
