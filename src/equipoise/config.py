@@ -15,6 +15,8 @@ from equipoise.settings import ConfigError, Settings
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
+NEXT_TOKEN = "next-token"
+"""The usual objective of stage 2."""
 LOSS = "loss"
 """What early stopping looks at unless told otherwise; needs no branches."""
 
@@ -27,11 +29,13 @@ class HybridConfig(Settings):
     layout: Literal["sliding", "terraced"] = "sliding"
     """sliding: keys i-w+1..i; terraced: the own block of w tokens and the one before."""
     mixing: str = "convex"
-    """Mixing rule: convex (g SWA + (1-g) LA) or shared (LoLCATs' single denominator)."""
+    """Mixing rule: convex (g SWA + (1-g) LA), competing (linear attention is one more key of the window's
+    softmax, its score learned) or shared (LoLCATs' single denominator)."""
     gate: Literal["fixed", "per_head", "per_token"] = "fixed"
     """The window's weight: a constant, learned per query head, or computed per head and token from q."""
     gate_value: float = Field(default=0.5, gt=0, lt=1)
-    """The window's weight g (for shared: gamma), or where it starts when learned."""
+    """The window's weight g (shared: gamma; competing: sigmoid of linear attention's score), or where it
+    starts when learned."""
     overlap: bool = True
     """Whether linear attention also covers the keys in the window."""
     feature_map: str | None = "hedgehog"
@@ -75,8 +79,8 @@ class HybridConfig(Settings):
             raise ValueError(f"linear_heads must be indices of heads in order, got {list(heads)}")
         if self.window is None or self.feature_map is None:
             raise ValueError("linear_heads needs both branches: the other heads have a window only")
-        if self.mixing != "convex" or not self.overlap or self.map_heads != "query":
-            raise ValueError("linear_heads needs mixing convex, overlap true and map_heads query")
+        if self.mixing not in ("convex", "competing") or not self.overlap or self.map_heads != "query":
+            raise ValueError("linear_heads needs mixing convex or competing, overlap true, map_heads query")
         return self
 
     def for_layer(self, index: int) -> HybridConfig:
@@ -85,6 +89,26 @@ class HybridConfig(Settings):
             return self
         own = self.per_layer.get(index, {})
         return HybridConfig(**{**self.model_dump(exclude={"per_layer"}), **own})
+
+
+class AllocationConfig(Settings):
+    """Sharing a budget of decode state: how long each layer's window is, which heads have a linear branch.
+
+    Measured on rows of the training data before anything trains; see `equipoise.allocation.allocate`.
+    """
+
+    state_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of one sequence's state (K and V at 2 bytes an element, S and z at 4); those of windows alone, as
+    hybrid.window says, where null."""
+    linear_share: float = Field(default=0.25, gt=0, lt=1)
+    """Largest share of them for linear branches."""
+    least_importance: float = Field(default=0.1, ge=0, le=1)
+    """A head gets a linear branch where full attention in it restores at least this share of what it restores
+    in the head that needs it most."""
+    rows: int = Field(default=16, ge=1)
+    """Rows to measure on."""
+    smallest_window: int = Field(default=4, ge=2)
+    """Tokens that every layer's window has at least."""
 
 
 class DataConfig(Settings):
@@ -212,6 +236,13 @@ class Schedule(Settings):
         return self
 
 
+def _check_objectives(objectives: dict[str, float]) -> None:
+    if not objectives:
+        raise ValueError("objectives must name at least one objective")
+    if any(weight <= 0 for weight in objectives.values()):
+        raise ValueError(f"the weights of objectives must be positive, got {objectives}")
+
+
 class TransferConfig(Schedule):
     """Stage 1, attention transfer: maps (and gates) learn the frozen donor's attention, layer by layer."""
 
@@ -222,16 +253,16 @@ class TransferConfig(Schedule):
 
     @model_validator(mode="after")
     def _some(self) -> TransferConfig:
-        if not self.objectives:
-            raise ValueError("objectives must name at least one objective")
-        if any(weight <= 0 for weight in self.objectives.values()):
-            raise ValueError(f"the weights of objectives must be positive, got {self.objectives}")
+        _check_objectives(self.objectives)
         return self
 
 
 class FinetuneConfig(Schedule):
-    """Stage 2, LoRA fine-tuning on the next token with the hybrid active."""
+    """Stage 2, LoRA fine-tuning with the hybrid active."""
 
+    objectives: dict[str, float] = Field(default_factory=lambda: {NEXT_TOKEN: 1.0})
+    """Objectives and their weights in the sum: next-token, distillation (KL to the donor), far-distillation
+    (the same where windows are not enough)."""
     rank: int = Field(default=8, ge=1)
     """LoRA rank."""
     alpha: float = Field(default=16, gt=0)
@@ -251,6 +282,7 @@ class FinetuneConfig(Schedule):
 
     @model_validator(mode="after")
     def _sizes(self) -> FinetuneConfig:
+        _check_objectives(self.objectives)
         if self.window_sizes is not None and any(size < 1 for size in self.window_sizes):
             raise ValueError(f"window_sizes must be at least 1 token each, got {list(self.window_sizes)}")
         return self
@@ -267,6 +299,8 @@ class RunConfig(Settings):
     """Where it was published."""
     hybrid: HybridConfig | None = Field(default_factory=HybridConfig)
     """The converted layers; null leaves the donor's softmax attention."""
+    allocation: AllocationConfig | None = None
+    """Share the state between layers and heads by measurement; null gives all layers what `hybrid` says."""
     transfer: TransferConfig | None = None
     """Stage 1; null skips it."""
     finetune: FinetuneConfig | None = None
@@ -288,6 +322,8 @@ class RunConfig(Settings):
     def _check(self) -> RunConfig:
         if self.transfer is not None and (self.hybrid is None or self.hybrid.feature_map is None):
             raise ValueError("transfer trains feature maps; it needs a hybrid with a linear branch")
+        if self.allocation is not None and (self.hybrid is None or self.hybrid.feature_map is None):
+            raise ValueError("allocation shares bytes between two branches; it needs a hybrid with both")
         if self.hybrid is None and self.watch is not None and self.watch.recall is not None:
             raise ValueError("watch.recall needs a hybrid")
         if self.data.streaming and self.data.max_tokens is None:
@@ -308,6 +344,8 @@ class RunConfig(Settings):
             raise ValueError("window_dropout needs a hybrid with both branches")
         if tuned.window_sizes is not None and window is None:
             raise ValueError("window_sizes needs a hybrid with a window")
+        if tuned.window_sizes is not None and (self.allocation or (self.hybrid and self.hybrid.per_layer)):
+            raise ValueError("window_sizes gives all layers one window, and these layers have their own")
         if tuned.window_sizes is not None and tuned.window_sizes[-1:] != (window,):
             raise ValueError(f"window_sizes must end with the hybrid's window, {window}")
         return self

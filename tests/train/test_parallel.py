@@ -22,8 +22,11 @@ from ranks import SEEN, launch, run_job
 from support import tiny_model, tiny_tokenizer
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # window dropout, drawn by global sample; accumulation; recomputed activations
-    "ssd": {"transfer": {"micro_batch_size": 1}, "finetune": {"micro_batch_size": 1}},
+    # window dropout, drawn by global sample; accumulation; recomputed activations; the donor's predictions
+    "ssd": {
+        "transfer": {"micro_batch_size": 1},
+        "finetune": {"micro_batch_size": 1, "objectives": {"next-token": 1.0, "far-distillation": 1.0}},
+    },
     # early stopping, whose looks the ranks share
     "hedgecats": {"finetune": {"early_stopping": {"every": 2, "watch": "linear_share", "mode": "fall"}}},
 }

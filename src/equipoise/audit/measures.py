@@ -279,7 +279,7 @@ def _mass_outside(
     linear = Branch(
         (weights * outside).sum(-1, keepdim=True), weights.sum(-1, keepdim=True), far.any(-1, keepdim=True)
     )
-    window = Branch(torch.zeros_like(linear.numerator), total, block.near.any(-1, keepdim=True))
+    window = Branch(torch.zeros_like(linear.numerator), total, block.near.any(-1, keepdim=True), top)
     terms = MIXING_RULES[config.mixing](window, linear, gate)
     mass = (terms[0] + terms[1]).squeeze(-1)
     return mass.masked_fill((weights < 0).any(-1), torch.nan)

@@ -6,6 +6,7 @@ decoding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,10 @@ def equipoise_attention(
 
 def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor:
     mode = mixer.mode
+    if mode.kind == "blend":
+        if layer is not None:
+            raise CacheError("mode 'blend' measures whole texts and keeps no cache: pass use_cache=False.")
+        return _blended(mixer, inputs)
     if layer is None:
         return mixer.attend(inputs, mode=mode)[0]
     if not isinstance(layer, HybridCacheLayer):
@@ -95,6 +100,14 @@ def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor
             "branches. Make the cache inside the `branches` block that uses it."
         )
     return layer.attend(mixer, inputs)
+
+
+def _blended(mixer: HybridMixer, inputs: LayerInputs) -> Tensor:
+    """window + weight (softmax - window), head by head."""
+    mode, weight = mixer.mode, mixer.mode.softmax_weight
+    assert weight is not None
+    near = mixer.attend(inputs, mode=replace(mode, kind="swa", softmax_weight=None))[0]
+    return near + weight[:, None, None] * (donor_attention(inputs) - near)
 
 
 def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

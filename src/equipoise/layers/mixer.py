@@ -29,15 +29,17 @@ class AttentionMode:
 
     Attributes:
         kind: ``hybrid``; ``softmax`` (the donor's own attention); ``swa`` (training-free window and sinks);
-            ``none`` (outputs 0).
+            ``blend`` (a weighted mean of these two, for measuring what a head needs); ``none`` (outputs 0).
         branches: which branches of the hybrid run.
         window, sinks: what ``swa`` sees, or a window size that replaces the configured one in ``hybrid``.
+        softmax_weight: of ``blend``: the donor's weight in each head [H]; gradients reach it.
     """
 
-    kind: Literal["hybrid", "softmax", "swa", "none"] = "hybrid"
+    kind: Literal["hybrid", "softmax", "swa", "blend", "none"] = "hybrid"
     branches: Branches = field(default_factory=Branches)
     window: int | None = None
     sinks: int = 0
+    softmax_weight: Float[Tensor, " H"] | None = None
 
     def same_as(self, other: AttentionMode) -> bool:
         """Whether both run the same; `==` cannot say so where branches differ by row."""
@@ -53,6 +55,10 @@ def _same_flag(one: bool | Tensor, other: bool | Tensor) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     return one is other
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
 
 
 def _for_rows(branches: Branches | None, rows: int) -> Branches | None:
@@ -153,7 +159,7 @@ class HybridMixer(nn.Module):
             if phi is not None:
                 phi.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
         if self.gate_logit is not None:
-            self.gate_logit.fill_(math.log(self.config.gate_value / (1 - self.config.gate_value)))
+            self.gate_logit.fill_(_logit(self.config.gate_value))
         if self.gate_weight is not None:  # every token starts at its head's weight
             self.gate_weight.zero_()
 
@@ -163,15 +169,20 @@ class HybridMixer(nn.Module):
         return self.config.window is not None and self.config.feature_map is not None
 
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
-        """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T]."""
+        """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T].
+
+        For mixing ``competing`` it is linear attention's score, without the sigmoid.
+        """
+        scored = self.config.mixing == "competing"
         if self.gate_logit is None:
-            return self.config.gate_value
+            return _logit(self.config.gate_value) if scored else self.config.gate_value
+        squash = torch.clone if scored else torch.sigmoid
         if self.gate_weight is None:
-            return self.gate_logit.sigmoid()
+            return squash(self.gate_logit)
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, self.gate_weight.dtype)
             products = (q.to(dtype) @ self.gate_weight.to(dtype)[..., None]).squeeze(-1)
-            return (products + self.gate_logit.to(dtype)).sigmoid()
+            return squash(products + self.gate_logit.to(dtype))
 
     def attend(
         self,
@@ -261,7 +272,15 @@ class HybridMixer(nn.Module):
             assert phi_k is not None
             assert window is not None
             return subset_attention(
-                inputs.q, inputs.k, inputs.v, phi_q, phi_k, heads=config.linear_heads, window=window, **common
+                inputs.q,
+                inputs.k,
+                inputs.v,
+                phi_q,
+                phi_k,
+                heads=config.linear_heads,
+                window=window,
+                mixing=config.mixing,
+                **common,
             )
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,

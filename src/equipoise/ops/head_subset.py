@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equipoise.ops.hybrid import linear_attention, window_attention
+from equipoise.ops.hybrid import hybrid_attention, linear_attention, window_attention
 from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, Layout, accumulation_dtype
 
 _LINEAR_FIELDS = (
@@ -20,9 +21,13 @@ _LINEAR_FIELDS = (
 
 def heads_of(heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q of some query heads [B, h, T, D], and the keys and values that each of them reads [B, h, ...]."""
-    index = torch.tensor(heads, device=q.device)
-    shared = index // (q.shape[1] // k.shape[1])
+    index, shared = torch.tensor(heads, device=q.device), _shared(heads, q, k)
     return q[:, index], k[:, shared], v[:, shared]
+
+
+def _shared(heads: Sequence[int], q: Tensor, k: Tensor) -> Tensor:
+    """Which key/value head each of the query heads reads."""
+    return torch.tensor(heads, device=q.device) // (q.shape[1] // k.shape[1])
 
 
 def subset_attention(
@@ -34,6 +39,7 @@ def subset_attention(
     *,
     heads: Sequence[int],
     window: int,
+    mixing: str = "convex",
     layout: Layout = "sliding",
     gate: float | Tensor = 0.5,
     scale: float | None = None,
@@ -46,7 +52,7 @@ def subset_attention(
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
-    """`hybrid_attention` with convex mixing over all keys, its linear branch in h of the H heads.
+    """`hybrid_attention` over all keys with its linear branch in h of the H heads.
 
     The other heads attend to their window at weight 1, whatever ``branches`` says: there is nothing to
     compare them with. S and z of the state have h heads.
@@ -58,23 +64,38 @@ def subset_attention(
     Other arguments, returns and errors as in `hybrid_attention`.
     """
     branches = branches or Branches()
-    parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1])
-    near, window_state = window_attention(
-        q, k, v, window=window, layout=layout, scale=scale, softcap=softcap, key_mask=key_mask,
-        segment_ids=segment_ids, sinks=sinks, sink_logits=sink_logits, initial_state=parts[0],
-        output_final_state=output_final_state,
-    )  # fmt: skip
-    far, linear_state = linear_attention(
-        *heads_of(heads, q, k, v), phi_q, phi_k, key_mask=key_mask, segment_ids=segment_ids,
-        initial_state=parts[1], output_final_state=output_final_state,
-    )  # fmt: skip
-    index = torch.tensor(heads, device=q.device)
-    mixed = _mix(near[:, index], far, _of_heads(gate, q, index), branches, index)
+    parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1], mixing)
+    common: dict[str, Any] = {
+        "key_mask": key_mask, "segment_ids": segment_ids, "output_final_state": output_final_state,
+    }  # fmt: skip
+    seen: dict[str, Any] = {
+        **common, "window": window, "layout": layout, "scale": scale, "softcap": softcap, "sinks": sinks,
+    }  # fmt: skip
+    near, window_state = window_attention(q, k, v, sink_logits=sink_logits, initial_state=parts[0], **seen)
+    index, chosen = torch.tensor(heads, device=q.device), heads_of(heads, q, k, v)
+    share = _of_heads(gate, q, index)
+    if mixing == "convex":  # a mean of two results, of which one is there already
+        far, linear_state = linear_attention(*chosen, phi_q, phi_k, initial_state=parts[1], **common)
+        mixed = _mix(near[:, index], far, share, branches, index)
+    else:
+        mixed, linear_state = hybrid_attention(
+            *chosen, phi_q, phi_k, mixing=mixing, gate=share[..., 0], branches=_of_flags(branches, index),
+            sink_logits=None if sink_logits is None else sink_logits[index], initial_state=parts[1], **seen,
+        )  # fmt: skip
     out = near.index_copy(1, index, mixed.to(near.dtype))
     if window_state is None or linear_state is None:
         return out, None
     held = {name: getattr(linear_state, name) for name in _LINEAR_FIELDS}
     return out, replace(window_state, **held)
+
+
+def _of_flags(branches: Branches, index: Tensor) -> Branches:
+    """The flags of the chosen heads."""
+
+    def of(flag: bool | Tensor) -> bool | Tensor:
+        return flag[:, index.to(flag.device)] if isinstance(flag, Tensor) and flag.ndim == 2 else flag
+
+    return Branches(of(branches.window), of(branches.linear), branches.reading)
 
 
 def _of_heads(gate: float | Tensor, q: Tensor, index: Tensor) -> Tensor:
@@ -101,10 +122,16 @@ def _mix(near: Tensor, far: Tensor, gate: Tensor, branches: Branches, index: Ten
     return share * near * window + (1 - share) * far * linear
 
 
-def _split(state: AttentionState, heads: Sequence[int], total: int) -> tuple[AttentionState, AttentionState]:
-    """One state as the window's and linear attention's: the latter looks back on one token only."""
+def _split(
+    state: AttentionState, heads: Sequence[int], total: int, mixing: str
+) -> tuple[AttentionState, AttentionState]:
+    """One state as all heads' windows and the chosen heads'; linear attention alone keeps one token."""
     window = replace(state, **dict.fromkeys(_LINEAR_FIELDS))
     index = torch.tensor(heads, device=state.keys.device) // (total // state.keys.shape[1])
+    if mixing != "convex":
+        sinks = [None if t is None else t[:, index] for t in (state.sink_keys, state.sink_values)]
+        chosen = {"keys": state.keys[:, index], "values": state.values[:, index]}
+        return window, replace(state, **chosen, sink_keys=sinks[0], sink_values=sinks[1])
     last = slice(-1, None)
     linear = AttentionState(
         keys=state.keys[:, index, last], values=state.values[:, index, last], valid=state.valid[:, last],

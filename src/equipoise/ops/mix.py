@@ -27,11 +27,13 @@ class Branch:
         numerator: weighted sum of values [B, H, T, E].
         denominator: sum of the weights [B, H, T, 1]. The window's weights are exp(score - row maximum).
         visible: whether any key was there to see, broadcastable to [B, H, T, 1].
+        top: the row maximum [B, H, T, 1]; of the window only.
     """
 
     numerator: Tensor
     denominator: Tensor
     visible: Tensor
+    top: Tensor | None = None
 
     def normalised(self) -> Tensor:
         """The branch alone at weight 1 [B, H, T, E]; rows without a key give 0."""
@@ -58,6 +60,21 @@ def convex(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor
     """
     weight = torch.where(linear.visible, gate, torch.ones_like(gate))
     return weight * window.normalised(), (1 - weight) * linear.normalised()
+
+
+@MIXING_RULES.register("competing")
+def competing(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear attention as one more key of the window's softmax; the gate is that key's score l.
+
+    o = (sum exp(s) v + exp(l) LA) / (sum exp(s) + exp(l)), s the window's scores. Where l is the log of what
+    the softmax weighs beyond the window, this is the softmax over all keys. A strong match in the window
+    takes the weight by itself, and how the row's maximum is handled makes no difference.
+    """
+    assert window.top is not None
+    top = torch.maximum(window.top, gate)
+    near, far = (window.top - top).exp(), (gate - top).exp() * linear.visible
+    denominator = near * window.denominator + far
+    return divide(near * window.numerator, denominator), divide(far * linear.normalised(), denominator)
 
 
 @MIXING_RULES.register("shared")

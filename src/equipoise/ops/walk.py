@@ -131,7 +131,7 @@ class Walk:
         weights = torch.exp(scores - top)
         mass = weights.sum(-1, keepdim=True)
         seen = weights[..., -keys.shape[2] :]  # all but the sink's: its value is 0
-        return Branch(_weighted(seen, values), mass, mask.any(-1, keepdim=True))
+        return Branch(_weighted(seen, values), mass, mask.any(-1, keepdim=True), top)
 
     def _linear(self, start: int, rows: slice) -> Branch:
         columns = self._linear_columns(rows)

@@ -34,6 +34,7 @@ from equipoise.models.branches import branches, capture, observe
 from equipoise.models.surgery import hybridize
 from equipoise.ops import Branches
 from equipoise.planning.slices import Kind, make_slice, slice_settings
+from equipoise.train.losses import finetune_loss, is_plain
 from equipoise.train.objectives import LayerTarget, weighted_sum
 from equipoise.train.probe import BranchProbe
 from equipoise.train.stages import lora_targets, recomputing
@@ -201,7 +202,11 @@ def _run(model: Any, run: RunConfig, phase: Phase, batch: dict[str, Tensor], cou
             stack.enter_context(_modes(model, run, len(batch["labels"]), counted))
             if run.gradient_checkpointing:
                 stack.enter_context(recomputing(model))
-            model(**batch, use_cache=False).loss.backward()
+            assert run.finetune is not None
+            if is_plain(run.finetune.objectives):
+                model(**batch, use_cache=False).loss.backward()
+            else:
+                finetune_loss(model, batch, run.finetune.objectives).backward()
 
 
 def _transfer_observer(run: RunConfig) -> Any:

@@ -29,6 +29,7 @@ from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
 from equipoise.models.sharding import own_class, shard, whole_weights
 from equipoise.models.surgery import hybridize
+from equipoise.train.allocating import allocated, as_dict
 from equipoise.train.ending import ended_by_sigterm, only_run
 from equipoise.train.outputs import RUN, START, WORK, claimed_by_leader, clean_up, left_behind, staged
 from equipoise.train.parallel import check_batches, chosen_parallel
@@ -55,6 +56,7 @@ class RunRecord:
         stages: steps, tokens, seconds and log of each stage; the log holds every watched value by step
             (`equipoise.train.watching.watched_history`).
         held_out: mean loss in nats per token on held-out rows: the donor's and the result's.
+        allocation: where the bytes of state went, and why (`equipoise.allocation.Allocation`).
         equipoise_version: that made it.
     """
 
@@ -66,6 +68,7 @@ class RunRecord:
     train_seconds: float
     stages: dict[str, dict[str, Any]]
     held_out: dict[str, float]
+    allocation: dict[str, Any] | None = None
     equipoise_version: str = __version__
 
 
@@ -131,6 +134,11 @@ def convert(
         with claimed_by_leader(output, resume=resume), ended_by_sigterm() as ending:
             leader_does(partial(check_start, output / WORK, run, donor, seed))
             sharded = way == "fsdp2"
+            if sharded and run.allocation is not None:
+                raise ConfigError(
+                    "allocation measures a whole donor, and fsdp2 shards it: run `equipoise allocate` on one "
+                    "process, and convert by the recipe it writes."
+                )
             return _convert(
                 donor, run, output, seed, resume, console, trust_remote_code, watchers, ending, sharded
             )
@@ -151,13 +159,21 @@ def _convert(
     model = load_donor(donor, trust_remote_code=trust_remote_code, to_shard=sharded)
     tokenizer = load_tokenizer(donor, trust_remote_code=trust_remote_code)
     trains = run.transfer is not None or run.finetune is not None
+    data, allocation = None, None
+    if run.allocation is not None:
+        data = in_turn(lambda: prepare_data(run, model, tokenizer, seed=seed))
+        allocation = allocated(
+            model, run, data.rows, output / WORK, batch_size=rows_at_once(run), console=console
+        )
+        run = run.model_copy(update={"hybrid": allocation.hybrid})
     if run.hybrid is not None:
         hybridize(model, run.hybrid, seed=seed, check=not sharded or ranks().is_leader)
         record_donor(model, donor)
         describe(model, run.hybrid, console)
     if sharded:
         shard(model)
-    data = in_turn(lambda: prepare_data(run, model, tokenizer, seed=seed)) if trains else None
+    if data is None and trains:
+        data = in_turn(lambda: prepare_data(run, model, tokenizer, seed=seed))
     held_out = {"donor": _donor_loss(model, run, data)} if data is not None else {}
     results: dict[str, StageResult] = {}
     if data is not None:
@@ -178,6 +194,7 @@ def _convert(
         train_tokens=sum(r.tokens for r in results.values()),
         train_seconds=float(sum(r.seconds for r in results.values())),
         stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
+        allocation=None if allocation is None else as_dict(allocation),
     )  # fmt: skip
     weights = whole_weights(model) if run.checkpoint == "full" else None
     if ranks().is_leader:

@@ -10,6 +10,7 @@ from equipoise.config import ConfigError, RunConfig, load_yaml, merge, parse
 from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.ops import MIXING_RULES
 from equipoise.registry import unknown_name
+from equipoise.train.losses import FINETUNE_OBJECTIVES, WINDOWED_DONOR
 from equipoise.train.objectives import OBJECTIVES
 
 
@@ -44,6 +45,7 @@ def check_names(run: RunConfig) -> None:
 
     Raises:
         UnknownNameError: one of them does not exist.
+        ConfigError: one needs what the hybrid does not have.
     """
     if run.hybrid is not None:
         MIXING_RULES[run.hybrid.mixing]
@@ -52,6 +54,13 @@ def check_names(run: RunConfig) -> None:
     if run.transfer is not None:
         for name in run.transfer.objectives:
             OBJECTIVES[name]
+    if run.finetune is not None:
+        needed = {need for name in run.finetune.objectives for need in FINETUNE_OBJECTIVES[name].needs}
+        if WINDOWED_DONOR in needed and (run.hybrid is None or run.hybrid.window is None):
+            raise ConfigError(
+                f"finetune.objectives: {', '.join(run.finetune.objectives)} compare the donor with its "
+                "windows alone, and this hybrid has none. Set hybrid.window, or take distillation."
+            )
 
 
 def _shipped() -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from equipoise.models.branches import capture
 from equipoise.models.layout import attention_modules
 from equipoise.models.sharding import run_decoder
 from equipoise.ops import Branches
+from equipoise.train.losses import finetune_loss, is_plain
 from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
 from equipoise.train.parallel import share_weights, summed
 from equipoise.train.probe import BranchProbe
@@ -142,6 +143,17 @@ class FinetuneTrainer(StageTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.check_finite(loss, "loss")
         return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objectives' sum; the next token alone is left to the model, which may fuse it."""
+        if is_plain(self.settings.objectives):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = num_items_in_batch
+        loss = finetune_loss(model, inputs, self.settings.objectives, count=count)
+        # of all ranks' tokens, as Trainer counts them; gradients are averaged over ranks afterwards
+        return loss if count is None else loss * int(self.args.world_size)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.meet_gradients()

@@ -1,0 +1,172 @@
+"""Objectives of stage 2: what the hybrid's predictions are drawn towards.
+
+A new one is one function under `FINETUNE_OBJECTIVES.register`. It sees the predictions of one micro batch and
+returns one number per token.
+
+Shapes: B rows of T tokens; P = T - 1 predictions of the tokens that follow another; V words of the
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from equipoise.config import NEXT_TOKEN
+from equipoise.data.packing import IGNORED_LABEL
+from equipoise.layers.interface import mixers_of
+from equipoise.models.adapters import adapters_disabled
+from equipoise.models.branches import branches
+from equipoise.models.families import ConversionError
+from equipoise.ops.types import accumulation_dtype
+from equipoise.registry import Registry
+
+DONOR, WINDOWED_DONOR = "donor", "windowed_donor"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a micro batch's tokens are predicted to be.
+
+    Attributes:
+        logits: of the model that trains.
+        targets: the tokens themselves; `IGNORED_LABEL` where a token is not trained on.
+        references: log-probabilities [B, T - 1, V] of other models, as far as the objectives ask for them:
+            ``donor``, and ``windowed_donor``, the donor whose layers see no more than the hybrid's windows.
+    """
+
+    logits: Float[Tensor, "B P V"]
+    targets: Int[Tensor, "B P"]
+    references: Mapping[str, Tensor]
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """Of the model that trains [B, T - 1, V], in float32 or wider."""
+        return log_probabilities(self.logits)
+
+    @cached_property
+    def divergence(self) -> Tensor:
+        """KL(donor || model), in nats per token [B, T - 1]."""
+        return divergence(self.references[DONOR], self.log_probabilities)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax over the vocabulary, in float32 or wider."""
+    return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+
+
+def divergence(of: Tensor, to: Tensor) -> Tensor:
+    """KL(of || to) in nats, from log-probabilities [..., V]: [...]."""
+    return (of.exp() * (of - to)).sum(-1)
+
+
+@dataclass(frozen=True)
+class FinetuneObjective:
+    """An objective of stage 2.
+
+    Attributes:
+        per_token: from predictions to a loss per token [B, T - 1].
+        needs: the references it looks at; each costs a forward pass.
+    """
+
+    per_token: Callable[[Predictions], Tensor]
+    needs: Sequence[str] = ()
+
+
+FINETUNE_OBJECTIVES: Registry[FinetuneObjective] = Registry("fine-tuning objective")
+
+
+def finetune_objective(name: str, *, needs: Sequence[str] = ()) -> Callable[..., Any]:
+    """Decorator that registers a function of `Predictions` as an objective."""
+
+    def register(function: Callable[[Predictions], Tensor]) -> Callable[[Predictions], Tensor]:
+        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs))
+        return function
+
+    return register
+
+
+@finetune_objective(NEXT_TOKEN)
+def next_token(predictions: Predictions) -> Tensor:
+    """Cross entropy with the next token, in nats."""
+    logits = predictions.logits.to(accumulation_dtype(predictions.logits.dtype))
+    targets = predictions.targets
+    return functional.cross_entropy(logits.mT, targets, ignore_index=IGNORED_LABEL, reduction="none")
+
+
+@finetune_objective("distillation", needs=(DONOR,))
+def distillation(predictions: Predictions) -> Tensor:
+    """KL from the donor's predictions to the hybrid's, in nats (Hinton et al. 2015, at temperature 1)."""
+    return predictions.divergence
+
+
+@finetune_objective("far-distillation", needs=(DONOR, WINDOWED_DONOR))
+def far_distillation(predictions: Predictions) -> Tensor:
+    """The same, each token weighted by how far the windows alone lead the donor astray there, in nats.
+
+    The weight is KL(donor || windowed donor), a constant: where a window is enough it is 0, and where the
+    answer lies beyond all windows it is several nats. So the few tokens count that a linear branch is for.
+    """
+    references = predictions.references
+    weight = divergence(references[DONOR], references[WINDOWED_DONOR])
+    return weight.detach() * predictions.divergence
+
+
+def is_plain(objectives: Mapping[str, float]) -> bool:
+    """Whether they are the next token alone, which models compute themselves, perhaps with a fused kernel."""
+    return dict(objectives) == {NEXT_TOKEN: 1.0}
+
+
+def finetune_loss(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    objectives: Mapping[str, float],
+    *,
+    count: Any = None,
+) -> Tensor:
+    """Weighted sum of objectives over the tokens of a micro batch, a scalar in nats.
+
+    Args:
+        model: the hybrid, in the mode it trains in; called without labels.
+        inputs: of the model, with ``labels`` [B, T].
+        objectives: names of `FINETUNE_OBJECTIVES` and their weights.
+        count: what to divide the sum over tokens by; the batch's trained tokens where None.
+
+    Raises:
+        UnknownNameError: no such objective.
+        ConversionError: one that compares with the windowed donor, and the model is not converted.
+    """
+    chosen = {name: FINETUNE_OBJECTIVES[name] for name in objectives}
+    arguments = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    needed = sorted({need for objective in chosen.values() for need in objective.needs})
+    # before the model's own pass, whose activations would lie beside theirs
+    references = {name: _reference(model, name, arguments) for name in needed}
+    logits: Tensor = model(**arguments, use_cache=False).logits
+    targets = inputs["labels"][:, 1:].to(logits.device)
+    predictions = Predictions(logits[:, :-1], targets, references)
+    trained = targets != IGNORED_LABEL
+    losses = [weight * chosen[name].per_token(predictions) for name, weight in objectives.items()]
+    total = torch.stack(losses).sum(0).masked_fill(~trained, 0.0).sum()
+    return total / (trained.sum() if count is None else count)
+
+
+@torch.no_grad()
+def _reference(model: PreTrainedModel, name: str, arguments: Mapping[str, Tensor]) -> Tensor:
+    if name == DONOR:
+        state = branches(model, "softmax") if mixers_of(model) else nullcontext()
+    elif name == WINDOWED_DONOR:
+        state = branches(model, "window", reading="renormalised")
+    else:
+        raise ConversionError(f"expected {DONOR} or {WINDOWED_DONOR} as what an objective needs, got {name}.")
+    # peft's adapters off for both: they are what trains
+    with adapters_disabled(model), state:
+        return log_probabilities(model(**arguments, use_cache=False).logits[:, :-1])

@@ -1,0 +1,203 @@
+"""Objectives of stage 2 against formulas written out, and training with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from equipoise.config import ConfigError, RunConfig, parse
+from equipoise.data.packing import IGNORED_LABEL
+from equipoise.layers.interface import mixers_of
+from equipoise.models.adapters import adapter_layers, add_lora
+from equipoise.models.branches import branches
+from equipoise.registry import UnknownNameError
+from equipoise.train.losses import (
+    DONOR,
+    FINETUNE_OBJECTIVES,
+    WINDOWED_DONOR,
+    Predictions,
+    finetune_loss,
+    is_plain,
+)
+from equipoise.train.recipes import check_names
+from equipoise.train.stages import FinetuneTrainer, finetune
+from equipoise.train.trainer import training_arguments
+from stages import STAGE2, assert_close, weights
+from support import random_tokens, tiny_model
+
+F64 = torch.float64
+DISTILLED = {"next-token": 0.5, "distillation": 1.0, "far-distillation": 2.0}
+
+
+def predictions(seed: int = 0) -> Predictions:
+    """Two rows of five predictions over seven words; one target is not trained on."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn() -> Tensor:
+        return torch.randn(2, 5, 7, generator=generator, dtype=F64) * 2
+
+    targets = torch.randint(0, 7, (2, 5), generator=generator)
+    targets[1, 2] = IGNORED_LABEL
+    references = {DONOR: drawn().log_softmax(-1), WINDOWED_DONOR: drawn().log_softmax(-1)}
+    return Predictions(drawn(), targets, references)
+
+
+def relative_entropy(of: Tensor, to: Tensor) -> Tensor:
+    """Word by word, from log-probabilities."""
+    return sum(of[..., v].exp() * (of[..., v] - to[..., v]) for v in range(of.shape[-1]))  # type: ignore[return-value]
+
+
+class TestObjectives:
+    def test_next_token(self) -> None:
+        seen = predictions()
+        loss = FINETUNE_OBJECTIVES["next-token"].per_token(seen)
+        for b, t in ((0, 0), (0, 4), (1, 3)):
+            expected = -torch.log(seen.logits[b, t].exp()[seen.targets[b, t]] / seen.logits[b, t].exp().sum())
+            torch.testing.assert_close(loss[b, t], expected)
+        assert loss[1, 2] == 0
+
+    def test_distillation(self) -> None:
+        seen = predictions()
+        own = seen.logits - seen.logits.logsumexp(-1, keepdim=True)
+        torch.testing.assert_close(
+            FINETUNE_OBJECTIVES["distillation"].per_token(seen), relative_entropy(seen.references[DONOR], own)
+        )
+
+    def test_far_distillation_counts_tokens_by_what_windows_lose(self) -> None:
+        seen = predictions()
+        own = seen.logits - seen.logits.logsumexp(-1, keepdim=True)
+        donor, near = seen.references[DONOR], seen.references[WINDOWED_DONOR]
+        torch.testing.assert_close(
+            FINETUNE_OBJECTIVES["far-distillation"].per_token(seen),
+            relative_entropy(donor, near) * relative_entropy(donor, own),
+        )
+        same = Predictions(seen.logits, seen.targets, {DONOR: donor, WINDOWED_DONOR: donor})
+        assert not FINETUNE_OBJECTIVES["far-distillation"].per_token(same).any()
+
+    def test_a_perfect_hybrid_has_nothing_to_learn_from_the_donor(self) -> None:
+        seen = predictions()
+        donor = seen.references[DONOR].clone().requires_grad_()
+        FINETUNE_OBJECTIVES["distillation"].per_token(
+            Predictions(donor, seen.targets, seen.references)
+        ).sum().backward()
+        assert donor.grad is not None
+        torch.testing.assert_close(donor.grad, torch.zeros_like(donor))
+
+
+class TestLoss:
+    @pytest.fixture
+    def model(self, recipe: Any, hybrid: Any) -> Any:
+        """A float64 hybrid with adapters that have moved."""
+        model = hybrid(recipe(), dtype=F64)
+        add_lora(model, rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
+        torch.manual_seed(1)
+        for layer in adapter_layers(model):
+            for name, parameter in layer.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    def test_it_is_the_weighted_sum_over_trained_tokens(self, model: Any) -> None:
+        tokens = random_tokens(2, 12)
+        labels = tokens.clone()
+        labels[0, :5] = IGNORED_LABEL
+        with torch.no_grad():
+            donor = tiny_model(dtype=F64)(tokens).logits[:, :-1].log_softmax(-1)
+            own = model(tokens, use_cache=False).logits[:, :-1]
+            with branches(model, "window", reading="renormalised"):
+                for layer in adapter_layers(model):
+                    layer.enable_adapters(False)
+                near = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+                for layer in adapter_layers(model):
+                    layer.enable_adapters(True)
+        trained = labels[:, 1:] != IGNORED_LABEL
+        nll = functional.cross_entropy(own.mT, tokens[:, 1:], reduction="none")
+        apart = relative_entropy(donor, own.log_softmax(-1))
+        far = relative_entropy(donor, near) * apart
+        assert far.max() > 1e-6
+        expected = ((0.5 * nll + apart + 2 * far) * trained).sum()
+        batch = {"input_ids": tokens, "labels": labels}
+        torch.testing.assert_close(finetune_loss(model, batch, DISTILLED, count=3), expected / 3)
+        torch.testing.assert_close(finetune_loss(model, batch, DISTILLED), expected / trained.sum())
+
+    def test_references_leave_the_model_as_it_was(self, model: Any) -> None:
+        tokens = random_tokens(1, 12)
+        modes = [mixer.mode for mixer in mixers_of(model)]
+        trains = [p.requires_grad for p in model.parameters()]
+        loss = finetune_loss(model, {"input_ids": tokens, "labels": tokens}, DISTILLED)
+        assert [mixer.mode for mixer in mixers_of(model)] == modes
+        assert [p.requires_grad for p in model.parameters()] == trains
+        loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+    def test_next_token_alone_is_the_models_own_loss(self, model: Any) -> None:
+        tokens = random_tokens(2, 12)
+        batch = {"input_ids": tokens, "labels": tokens}
+        torch.testing.assert_close(
+            finetune_loss(model, batch, {"next-token": 1.0}), model(**batch).loss.to(F64), rtol=1e-6, atol=0
+        )
+        assert is_plain({"next-token": 1.0})
+        assert not is_plain({"next-token": 0.5})
+
+    def test_a_softmax_model_is_its_own_donor(self) -> None:
+        model, tokens = tiny_model(dtype=F64), random_tokens(2, 12)
+        add_lora(model, rank=2, alpha=4.0, targets=("q_proj",))
+        loss = finetune_loss(model, {"input_ids": tokens, "labels": tokens}, {"distillation": 1.0})
+        assert abs(loss.item()) < 1e-12  # fresh adapters do nothing
+
+
+class TestTraining:
+    def test_micro_batches_add_up(self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path) -> None:
+        def tuned(micro: int) -> dict[str, Tensor]:
+            settings = {**STAGE2, "objectives": DISTILLED, "train_maps": True, "micro_batch_size": micro}
+            run = recipe(finetune=settings)
+            model = hybrid(run, dtype=F64)
+            finetune(model, run, rows, rows, tmp_path / str(micro))
+            return weights(model)
+
+        assert_close(tuned(4), tuned(2), rtol=0, atol=1e-9)
+
+    def test_the_loss_falls_towards_the_donor(
+        self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
+    ) -> None:
+        settings = {**STAGE2, "objectives": {"distillation": 1.0}, "max_steps": 25, "learning_rate": 3e-2}
+        run = recipe(finetune={**settings, "train_maps": True})
+        model = hybrid(run)
+        result = finetune(model, run, rows, rows, tmp_path)
+        losses = [entry["loss"] for entry in result.history if "loss" in entry]
+        assert losses[-1] < 0.8 * losses[0]
+
+    def test_it_is_what_the_trainer_minimises(
+        self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
+    ) -> None:
+        run = recipe(finetune={**STAGE2, "objectives": DISTILLED})
+        model = hybrid(run)
+        arguments = training_arguments(run, run.finetune, tmp_path, seed=0)
+        trainer = FinetuneTrainer(model, arguments, rows, settings=run.finetune)
+        batch = {name: torch.stack([rows[i][name] for i in range(4)]) for name in rows[0]}
+        expected = finetune_loss(model, batch, DISTILLED, count=torch.tensor(11))
+        found = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(11))
+        torch.testing.assert_close(found, expected)
+
+
+class TestSettings:
+    def test_unknown_objective(self, recipe: Any) -> None:
+        with pytest.raises(UnknownNameError, match=r"fine-tuning objective 'distilation'.*'distillation'"):
+            check_names(recipe(finetune={"objectives": {"distilation": 1.0}}))
+
+    @pytest.mark.parametrize(
+        ("objectives", "words"), [({}, "at least one"), ({"next-token": 0.0}, "positive")]
+    )
+    def test_weights(self, objectives: dict[str, float], words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            parse(RunConfig, {"name": "x", "finetune": {"objectives": objectives}})
+
+    def test_far_distillation_needs_windows(self, recipe: Any) -> None:
+        run = recipe(hybrid={"window": None}, finetune={"objectives": {"far-distillation": 1.0}})
+        with pytest.raises(ConfigError, match=r"Set hybrid\.window"):
+            check_names(run)
