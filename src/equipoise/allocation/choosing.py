@@ -1,0 +1,120 @@
+"""Sharing a byte budget between windows and linear branches: arithmetic on what was measured.
+
+Nothing here runs a model. Costs are bytes of decode state, losses are nats per token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from equipoise.config import ConfigError
+
+Curve = Mapping[int, float]
+"""Loss of one layer by window, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What state costs in one model, in bytes.
+
+    Attributes:
+        token: of one more token in one layer's window: K and V of all its key/value heads.
+        head: of one head's linear branch: S and z.
+        sinks: tokens that join every window and are paid for too.
+    """
+
+    token: int
+    head: int
+    sinks: int
+
+    def windows(self, tokens: Sequence[int]) -> int:
+        """Of the windows of all layers, sinks included."""
+        return self.token * sum(window + self.sinks for window in tokens)
+
+
+def hull(curve: Curve) -> list[tuple[int, float]]:
+    """The lower convex hull of a curve that is taken to fall: (window, loss) in order of windows.
+
+    Sharing token by token is only right on a convex curve: where it is not, a small step looks useless that
+    a larger one would have repaid.
+    """
+    points: list[tuple[int, float]] = []
+    for window in sorted(curve):
+        loss = min(curve[w] for w in curve if w <= window)  # a larger window can do what a smaller one does
+        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], (window, loss)):
+            points.pop()
+        points.append((window, loss))
+    return points
+
+
+def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
+
+
+def share_windows(curves: Sequence[Curve], tokens: int) -> list[int]:
+    """Windows that minimise the sum of the layers' losses, each read off its hull, within ``tokens`` in all.
+
+    Every layer has the smallest window of its curve at least. What no curve can use (windows beyond the
+    largest measured) is left over.
+
+    Raises:
+        ConfigError: not enough tokens for the smallest windows.
+    """
+    hulls = [hull(curve) for curve in curves]
+    windows = [points[0][0] for points in hulls]
+    left = tokens - sum(windows)
+    if left < 0:
+        raise ConfigError(
+            f"expected a state of at least {sum(windows)} window tokens over {len(curves)} layers, got "
+            f"{tokens}: raise --state-bytes."
+        )
+    # segments of one layer come in order of their slopes, because hulls are convex
+    segments = [
+        (_slope(start, stop), layer, stop[0] - start[0])
+        for layer, points in enumerate(hulls)
+        for start, stop in itertools.pairwise(points)
+    ]
+    heapq.heapify(segments)
+    while segments and left:
+        slope, layer, length = heapq.heappop(segments)
+        if slope >= 0:
+            break
+        windows[layer] += min(length, left)
+        left -= min(length, left)
+    return windows
+
+
+def even_windows(layers: int, tokens: int) -> list[int]:
+    """The same window in every layer, the first ones a token longer where it does not divide.
+
+    Raises:
+        ConfigError: less than a token a layer.
+    """
+    if tokens < layers:
+        raise ConfigError(
+            f"expected a state of at least one window token in each of {layers} layers, got {tokens}: raise "
+            "--state-bytes."
+        )
+    return [tokens // layers + (layer < tokens % layers) for layer in range(layers)]
+
+
+def chosen_heads(
+    importance: Sequence[Sequence[float]], *, most: int, least_share: float
+) -> list[tuple[int, ...]]:
+    """Heads that get a linear branch, by layer: the most important ones.
+
+    Args:
+        importance: of each head by layer, in nats per token that full attention in it restores.
+        most: heads that can be paid for.
+        least_share: of the most important head's importance, below which a head gets none.
+    """
+    ranked = sorted(
+        ((value, layer, head) for layer, row in enumerate(importance) for head, value in enumerate(row)),
+        key=lambda entry: (-entry[0], entry[1], entry[2]),
+    )
+    bar = least_share * ranked[0][0]
+    taken = [(layer, head) for value, layer, head in ranked[:most] if value > 0 and value >= bar]
+    return [tuple(sorted(head for at, head in taken if at == layer)) for layer in range(len(importance))]

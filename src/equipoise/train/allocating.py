@@ -1,0 +1,97 @@
+"""Allocation as the first step of a conversion: measured once, noted, and read again by a resumed run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from equipoise.allocation import Allocation, allocate
+from equipoise.bars import counted
+from equipoise.config import HybridConfig, RunConfig
+from equipoise.data.packing import collate
+from equipoise.distributed import from_leader, leader_does, ranks
+from equipoise.files import make_directory, write_text
+
+ALLOCATION = "allocation.json"
+"""In the working directory of a run: what was measured and chosen."""
+
+
+def allocated(
+    model: PreTrainedModel,
+    run: RunConfig,
+    rows: Any,
+    work: Path,
+    *,
+    batch_size: int,
+    console: Console,
+) -> Allocation:
+    """Measure where the bytes of ``run.allocation`` go; on the leader's machine, for all ranks.
+
+    Args:
+        model: the unconverted donor.
+        run: the recipe; its ``hybrid`` and ``allocation`` must be set.
+        rows: packed training rows; the first ones are measured on.
+        work: where a run that was killed finds its allocation again.
+        batch_size: rows at a time.
+        console: where a bar goes.
+
+    Raises:
+        ConfigError: a budget or settings that cannot be, see `equipoise.allocation.allocate`.
+    """
+    place = work / ALLOCATION
+
+    def measure() -> None:
+        if place.is_file():
+            return
+        assert run.hybrid is not None
+        assert run.allocation is not None
+        count = min(run.allocation.rows, len(rows))
+        batch = collate([rows[i] for i in range(count)])
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with counted(console) as bars:
+            bar = bars.add_task(f"{run.name} allocation", total=None)
+            found = allocate(
+                model, inputs, run.hybrid, run.allocation, batch_size=batch_size,
+                seen=lambda done, total: bars.update(bar, completed=done, total=total),
+            )  # fmt: skip
+        make_directory(work)
+        write_text(place, json.dumps(as_dict(found), indent=2))
+
+    leader_does(measure)
+    text = from_leader(place.read_text(encoding="utf-8") if ranks().is_leader else "")
+    allocation = from_dict(json.loads(text))
+    for line in described(allocation):
+        console.print(line, highlight=False, soft_wrap=True)
+    return allocation
+
+
+def as_dict(allocation: Allocation) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(allocation) | {"hybrid": allocation.hybrid.model_dump(mode="json")}
+
+
+def from_dict(values: dict[str, Any]) -> Allocation:
+    """The other way."""
+    curves = [{int(window): loss for window, loss in curve.items()} for curve in values["curves"]]
+    known: dict[str, Any] = {**values, "hybrid": HybridConfig(**values["hybrid"]), "curves": curves}
+    return Allocation(**known)
+
+
+def described(allocation: Allocation) -> list[str]:
+    """What was chosen, for people."""
+    lines = [
+        f"allocation: {allocation.state_bytes:,} of {allocation.budget:,} bytes; untrained, with full "
+        f"softmax in the linear heads: {allocation.divergence['shared']:.4f} nats/token from the donor, "
+        f"windows shared evenly {allocation.divergence['even']:.4f}"
+    ]
+    for index, window, heads in zip(
+        allocation.layers, allocation.windows, allocation.linear_heads, strict=True
+    ):
+        linear = f", linear attention in heads {', '.join(map(str, heads))}" if heads else ""
+        lines.append(f"  layer {index}: window {window}{linear}")
+    return lines

@@ -1,0 +1,169 @@
+"""Measuring a donor and giving each layer its share, on tiny random donors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equipoise.allocation import allocate
+from equipoise.allocation.measuring import DonorDivergence
+from equipoise.config import AllocationConfig, ConfigError, HybridConfig, parse
+from equipoise.layers.cache import CacheError
+from equipoise.layers.interface import mixers_of
+from equipoise.layers.mixer import AttentionMode
+from equipoise.models.branches import branches
+from equipoise.models.layout import state_bytes
+from equipoise.models.surgery import hybridize
+from support import random_tokens, tiny_model
+
+F64 = torch.float64
+HYBRID = HybridConfig(window=10, sinks=2)
+SETTINGS = AllocationConfig(smallest_window=2, linear_share=0.5)
+
+
+def donor(factor: float = 6.0) -> Any:
+    """A tiny Llama whose attention is sharp enough to matter."""
+    model = tiny_model(dtype=F64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("q_proj", "k_proj", "o_proj", "v_proj")):
+                parameter.mul_(factor)
+    return model
+
+
+@pytest.fixture
+def rows() -> dict[str, Tensor]:
+    return {"input_ids": random_tokens(3, 20)}
+
+
+@pytest.fixture
+def measured(rows: dict[str, Tensor]) -> DonorDivergence:
+    model = hybridize(donor(), HybridConfig(window=4, feature_map=None), check=False)
+    return DonorDivergence(model, rows, batch_size=2)
+
+
+class TestMeasuring:
+    def test_windows(self, measured: DonorDivergence, rows: dict[str, Tensor]) -> None:
+        own = donor()(**rows).logits[:, :-1].log_softmax(-1)
+        with branches(measured.model, AttentionMode("swa", window=3, sinks=1)):
+            other = measured.model(**rows, use_cache=False).logits[:, :-1].log_softmax(-1)
+        expected = (own.exp() * (own - other)).sum(-1).mean()
+        assert expected > 1e-4
+        assert measured.windowed([3, 3], sinks=1) == pytest.approx(expected.item(), rel=1e-9)
+
+    def test_nothing_is_lost_by_windows_as_long_as_the_text(self, measured: DonorDivergence) -> None:
+        assert measured.windowed([20, None], sinks=0) == pytest.approx(0, abs=1e-12)
+
+    def test_heads_kept_whole(self, measured: DonorDivergence) -> None:
+        every = [range(4), range(4)]
+        assert measured.windowed([2, 2], sinks=0, whole=every) == pytest.approx(0, abs=1e-12)
+        one = measured.windowed([2, 2], sinks=0, whole=[[1], []])
+        assert one != pytest.approx(measured.windowed([2, 2], sinks=0), rel=1e-6)
+
+    def test_importance_adds_up_to_what_windows_lose(self, rows: dict[str, Tensor]) -> None:
+        model = hybridize(donor(2.0), HybridConfig(window=4, feature_map=None), check=False)
+        measured = DonorDivergence(model, rows, batch_size=3)
+        found = measured.head_importance([2, 2], sinks=0, steps=16)
+        assert found.shape == (2, 4)
+        assert float(found.sum()) == pytest.approx(measured.windowed([2, 2], sinks=0), rel=0.02)
+
+    def test_importance_finds_the_only_head_that_is_read(self, rows: dict[str, Tensor]) -> None:
+        model = donor()
+        with torch.no_grad():  # the output projection reads head 2 of layer 1 alone, and nothing of layer 0
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+            model.model.layers[1].self_attn.o_proj.weight[:, torch.arange(32) // 8 != 2] = 0
+        hybridize(model, HybridConfig(window=4, feature_map=None), check=False)
+        found = DonorDivergence(model, rows, batch_size=3).head_importance([2, 2], sinks=0)
+        others = found.clone()
+        others[1, 2] = 0
+        assert found[1, 2] > 1e-4
+        assert others.abs().max() < 1e-12
+
+    def test_batches_do_not_matter(self, measured: DonorDivergence, rows: dict[str, Tensor]) -> None:
+        whole = DonorDivergence(measured.model, rows, batch_size=3)
+        assert measured.windowed([3, 2], sinks=1) == pytest.approx(whole.windowed([3, 2], sinks=1), rel=1e-9)
+        torch.testing.assert_close(
+            measured.head_importance([3, 2], sinks=1), whole.head_importance([3, 2], sinks=1)
+        )
+
+    def test_modes_come_back(self, measured: DonorDivergence) -> None:
+        before = [mixer.mode for mixer in mixers_of(measured.model)]
+        measured.windowed([3, 3], sinks=0)
+        measured.head_importance([3, 3], sinks=0, steps=1)
+        assert [mixer.mode for mixer in mixers_of(measured.model)] == before
+
+    def test_blends_keep_no_cache(self, measured: DonorDivergence) -> None:
+        mode = AttentionMode("blend", window=3, softmax_weight=torch.ones(4))
+        with branches(measured.model, mode), pytest.raises(CacheError, match="use_cache=False"):
+            measured.model(random_tokens(1, 5), use_cache=True)
+
+
+class TestAllocate:
+    def test_the_budget_is_kept_and_the_hybrid_is_that(self, rows: dict[str, Tensor]) -> None:
+        for budget in (1_100, 1_500, 3_000):
+            found = allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": budget}))
+            assert found.state_bytes <= budget
+            assert (
+                budget - found.state_bytes < 2 * 64 or max(found.windows) == 20
+            )  # less than a token a layer
+            assert any(found.linear_heads)
+            model = hybridize(donor(), found.hybrid)
+            assert state_bytes(model) == found.state_bytes
+            for mixer, window, heads in zip(mixers_of(model), found.windows, found.linear_heads, strict=True):
+                assert mixer.config.window == window
+                assert mixer.has_both == bool(heads)
+                assert list(mixer.config.linear_heads or ()) == heads
+
+    def test_without_a_budget_it_is_the_windows_own(self, rows: dict[str, Tensor]) -> None:
+        windows = HybridConfig(window=12, sinks=2, feature_map=None)
+        found = allocate(donor(), rows, HYBRID.model_copy(update={"window": 12}), SETTINGS)
+        assert found.budget == state_bytes(hybridize(donor(), windows))
+
+    def test_a_layer_that_sees_nothing_far_gets_the_smallest_window(self, rows: dict[str, Tensor]) -> None:
+        model = donor()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+        found = allocate(model, rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 1_500}))
+        assert found.windows[0] == 2
+        assert found.linear_heads[0] == []
+        assert found.divergence["shared"] < found.divergence["even"]
+
+    def test_never_worse_than_shared_evenly(self, rows: dict[str, Tensor]) -> None:
+        found = allocate(donor(), rows, HYBRID, SETTINGS)
+        model = hybridize(donor(), HybridConfig(window=4, feature_map=None), check=False)
+        own = DonorDivergence(model, rows, batch_size=4).windowed(
+            found.windows, sinks=2, whole=found.linear_heads
+        )
+        assert own == pytest.approx(min(found.divergence.values()))
+        assert own <= found.divergence["even"]
+
+    def test_the_donor_is_as_it_was(self, rows: dict[str, Tensor]) -> None:
+        model = donor().train()
+        kind, weights = type(model), {n: p.clone() for n, p in model.named_parameters()}
+        done: list[tuple[int, int]] = []
+        allocate(model, rows, HYBRID, SETTINGS, seen=lambda now, total: done.append((now, total)))
+        assert type(model) is kind
+        assert model.training
+        assert all(p.requires_grad and torch.equal(p, weights[n]) for n, p in model.named_parameters())
+        assert done[-1][0] == done[-1][1]
+        assert [now for now, _ in done] == sorted(now for now, _ in done)
+
+    @pytest.mark.parametrize(
+        ("hybrid", "words"),
+        [
+            ({"per_layer": {0: {"window": 3}}}, "leave them out"),
+            ({"layout": "terraced", "sinks": 0}, "sliding"),
+            ({"feature_map": None}, "two branches"),
+            ({"mixing": "shared"}, "linear_heads needs mixing"),
+        ],
+    )
+    def test_what_it_cannot_share(self, hybrid: Any, words: str, rows: dict[str, Tensor]) -> None:
+        with pytest.raises(ValueError, match=words):
+            allocate(donor(), rows, parse(HybridConfig, {"window": 10, "sinks": 2, **hybrid}))
+
+    def test_too_few_bytes(self, rows: dict[str, Tensor]) -> None:
+        with pytest.raises(ConfigError, match=r"at least 1,088 bytes .* got 900: raise --state-bytes"):
+            allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 900}))

@@ -1,0 +1,71 @@
+"""Sharing bytes, against all ways there are."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from equipoise.allocation.choosing import Costs, chosen_heads, even_windows, hull, share_windows
+from equipoise.config import ConfigError
+
+CURVES = (
+    {2: 1.0, 4: 0.5, 8: 0.3, 16: 0.25},
+    {2: 0.1, 4: 0.09, 8: 0.085, 16: 0.08},
+    {2: 0.9, 4: 0.88, 8: 0.1, 16: 0.09},  # not convex: 4 alone is worth nothing
+)
+
+
+def between(curve: dict[int, float], window: int) -> float:
+    """The lower hull at a window, written out: the least line between two measured points around it."""
+    around = itertools.product([w for w in curve if w <= window], [w for w in curve if w >= window])
+    return min(
+        curve[low] if low == high else curve[low] + (curve[high] - curve[low]) * (window - low) / (high - low)
+        for low, high in around
+    )
+
+
+@pytest.mark.parametrize("tokens", [6, 9, 12, 17, 24, 40, 48])
+def test_no_other_way_is_better(tokens: int) -> None:
+    def loss(windows: tuple[int, ...]) -> float:
+        return sum(between(curve, window) for curve, window in zip(CURVES, windows, strict=True))
+
+    ways = [way for way in itertools.product(range(2, 17), repeat=3) if sum(way) <= tokens]
+    found = share_windows(CURVES, tokens)
+    assert sum(found) <= tokens
+    assert loss(tuple(found)) == pytest.approx(min(map(loss, ways)))
+
+
+def test_what_no_curve_can_use_is_left() -> None:
+    assert share_windows([{2: 1.0, 4: 0.5}, {2: 1.0, 4: 1.0}], 50) == [4, 2]
+
+
+def test_hull() -> None:
+    assert hull(CURVES[2]) == [(2, 0.9), (8, 0.1), (16, 0.09)]
+    assert hull({2: 0.5, 4: 0.7, 8: 0.2}) == [(2, 0.5), (8, 0.2)]  # noise: a larger window is no worse
+
+
+def test_too_little() -> None:
+    with pytest.raises(
+        ConfigError, match=r"at least 6 window tokens over 3 layers, got 5: raise --state-bytes"
+    ):
+        share_windows(CURVES, 5)
+    with pytest.raises(ConfigError, match="raise --state-bytes"):
+        even_windows(4, 3)
+
+
+def test_even() -> None:
+    assert even_windows(4, 11) == [3, 3, 3, 2]
+
+
+def test_costs() -> None:
+    assert Costs(token=10, head=7, sinks=4).windows([1, 6]) == 150
+
+
+@pytest.mark.parametrize(
+    ("most", "least_share", "expected"),
+    [(5, 0.0, [(1,), (0, 2)]), (2, 0.0, [(1,), (2,)]), (5, 0.5, [(1,), (2,)]), (1, 0.0, [(), (2,)])],
+)
+def test_heads(most: int, least_share: float, expected: list[tuple[int, ...]]) -> None:
+    importance = [[0.0, 0.6, -0.2], [0.3, 0.0, 0.9]]
+    assert chosen_heads(importance, most=most, least_share=least_share) == expected
