@@ -7,6 +7,7 @@ A new map is one class here, or in a file of its own that this one imports, unde
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -34,6 +35,9 @@ class FeatureMap(nn.Module, ABC):
 
     two_sided: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    of_keys: bool = False
+    """Whether this is the map of keys, for the few maps that treat the two sides differently; the mixer sets
+    it by `for_keys`."""
     kernel: ClassVar[str | None] = None
     """The formula by which `equipoise.ops` may compute this map itself. Not inherited: it holds for the class
     that declares it, as a subclass may have another activation."""
@@ -44,10 +48,20 @@ class FeatureMap(nn.Module, ABC):
             raise ValueError(
                 f"a map that uses both signs needs an even feature dimension, got {feature_dim}."
             )
-        columns = feature_dim // 2 if self.two_sided else feature_dim
+        columns = self.columns(feature_dim)
         self.heads, self.feature_dim = heads, feature_dim
         self.weight = nn.Parameter(torch.empty(heads, head_dim, columns))
         self.bias = nn.Parameter(torch.zeros(heads, 1, columns)) if self.biased else None
+
+    @classmethod
+    def columns(cls, feature_dim: int) -> int:
+        """How many columns W has for F features."""
+        return feature_dim // 2 if cls.two_sided else feature_dim
+
+    def for_keys(self) -> FeatureMap:
+        """The same map, as that of keys."""
+        self.of_keys = True
+        return self
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -61,12 +75,16 @@ class FeatureMap(nn.Module, ABC):
 
     def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
         """Map a block; inputs with fewer heads than there are maps are shared by consecutive maps."""
+        return self.activation(self.project(x))
+
+    def project(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t columns"]:
+        """x W + bias."""
         batch, heads, tokens, size = x.shape
         weight = self.weight.to(x.dtype).view(heads, self.heads // heads, size, -1)
         projected = (x[:, :, None] @ weight).reshape(batch, self.heads, tokens, weight.shape[-1])
         if self.bias is not None:
             projected = projected + self.bias.to(x.dtype)
-        return self.activation(projected)
+        return projected
 
     @abstractmethod
     def activation(self, projected: Tensor) -> Tensor:
@@ -140,6 +158,151 @@ class Identity(FeatureMap):
 
     def activation(self, projected: Tensor) -> Tensor:
         return projected
+
+
+LARGEST_EXPONENT = 20.0
+"""Where exponents of keys end: features from 2e-9 to 5e8 leave room in float32 for sums of a million keys,
+and keep denominators above what counts as 0."""
+
+
+@FEATURE_MAPS.register("performer")
+class Performer(FeatureMap):
+    """FAVOR+'s positive random features, exp(x'W - |x'|^2 / 2) / sqrt(F) for x' = x / D^(1/4).
+
+    W starts as Gaussian directions, orthogonal in blocks of D columns, the same for queries and keys and for
+    all heads of a layer: phi(q) . phi(k) then estimates exp(q . k / sqrt(D)) without bias. From there W is
+    learned like that of any other map; untrained, this is FAVOR+ itself (arXiv 2009.14794). A query's
+    largest exponent is taken off all of its exponents, which cancels where linear attention is normalised on
+    its own. A key's exponents are clamped to ±20.
+    """
+
+    two_sided = False
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw W from the generator's seed, not its state, so that queries and keys have the same."""
+        _, rows, columns = self.weight.shape
+        self.weight.copy_(orthogonal_gaussian(rows, columns, _shared(generator)))
+
+    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
+        """Map a block, shapes as in `FeatureMap.forward`."""
+        scaled = x * x.shape[-1] ** -0.25
+        exponent = self.project(scaled)
+        if self.of_keys:
+            half = scaled.square().sum(-1, keepdim=True) / 2
+            exponent = exponent - half.repeat_interleave(self.heads // x.shape[1], 1)
+        return self.activation(exponent)
+
+    def activation(self, projected: Tensor) -> Tensor:
+        return _stable_exponential(projected, of_keys=self.of_keys) * self.feature_dim**-0.5
+
+
+@FEATURE_MAPS.register("taylor")
+class Taylor(FeatureMap):
+    """[1, y, y y^T / sqrt(2), 0...] for y = x W / D^(1/4): exp to second order (Based, arXiv 2402.18668).
+
+    phi(q) . phi(k) = 1 + s + s^2 / 2 >= 1/2 for s = y_q . y_k. W has the most columns d' that leave
+    1 + d' + d'^2 <= F, and starts as orthonormal directions times sqrt(D / d'), the same for queries and
+    keys, so that s estimates q . k / sqrt(D).
+    """
+
+    two_sided = False
+
+    @classmethod
+    def columns(cls, feature_dim: int) -> int:
+        """d'."""
+        return (math.isqrt(4 * feature_dim - 3) - 1) // 2
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw W from the generator's seed, not its state, so that queries and keys have the same."""
+        _, rows, columns = self.weight.shape
+        directions = orthogonal_gaussian(rows, columns, _shared(generator))
+        self.weight.copy_(directions / directions.norm(dim=0) * (rows / columns) ** 0.5)
+
+    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
+        """Map a block, shapes as in `FeatureMap.forward`."""
+        return self.activation(self.project(x * x.shape[-1] ** -0.25))
+
+    def activation(self, projected: Tensor) -> Tensor:
+        squares = (projected[..., :, None] * projected[..., None, :]).flatten(-2) * 0.5**0.5
+        features = torch.cat([torch.ones_like(projected[..., :1]), projected, squares], -1)
+        return nn.functional.pad(features, (0, self.feature_dim - features.shape[-1]))
+
+
+@FEATURE_MAPS.register("landmark")
+class Landmark(FeatureMap):
+    """Similarities to F landmarks per head, with the inverse of the landmarks' own folded into the queries.
+
+    phi(q) = softmax(u(q)) M, not below 1e-12, and phi(k) = exp(u(k)), for u(x)_m = (x . l_m - |l_m|^2 / 2) /
+    sqrt(D) with landmarks l_m, the columns of W. They start as standard Gaussian vectors, the same for
+    queries and keys, and M as the inverse of exp(-|l_i - l_j|^2 / (2 sqrt(D))). phi(q) . phi(k) is then the
+    Nystroem approximation of exp(q . k / sqrt(D)), up to a factor of q, which cancels, and to the floor,
+    which keeps weights positive; where q is a landmark it is exact. Landmarks and M are learned from there,
+    those of queries and keys apart, and M is an inverse no longer. A key's u is clamped to ±20.
+
+    Nystroemformer (arXiv 2102.03902) takes means of segments of the text as landmarks, which look ahead, and
+    normalises each landmark's weights over all keys before the inverse. Here landmarks are parameters,
+    weights are normalised once, by phi(q) . z, and the state is that of any linear attention.
+    """
+
+    two_sided = False
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        self.inverse: nn.Parameter | None = nn.Parameter(torch.empty(heads, feature_dim, feature_dim))
+
+    def for_keys(self) -> FeatureMap:
+        """The same map, as that of keys: without an inverse."""
+        self.inverse = None
+        return super().for_keys()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw landmarks from the generator's seed, not its state, so that queries and keys have the same."""
+        _, rows, columns = self.weight.shape
+        landmarks = torch.randn(rows, columns, generator=_shared(generator), dtype=torch.float64)
+        self.weight.copy_(landmarks)
+        if self.inverse is not None:
+            distances = torch.cdist(landmarks.mT, landmarks.mT).square() / (2 * rows**0.5)
+            kernel = (-distances).exp() + 1e-6 * torch.eye(columns, dtype=torch.float64)
+            self.inverse.copy_(torch.linalg.inv(kernel))
+
+    def project(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t columns"]:
+        """u(x)."""
+        half = self.weight.to(x.dtype).square().sum(1)[:, None] / 2  # [maps, 1, F]
+        return (super().project(x) - half) * x.shape[-1] ** -0.5
+
+    def activation(self, projected: Tensor) -> Tensor:
+        if self.inverse is None:
+            return _stable_exponential(projected, of_keys=True)
+        return (projected.softmax(-1) @ self.inverse.to(projected.dtype)).clamp_min(1e-12)
+
+
+def _stable_exponential(exponent: Tensor, *, of_keys: bool) -> Tensor:
+    """exp: of a query over its largest feature, of a key between bounds."""
+    if of_keys:
+        return exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+    return (exponent - exponent.amax(-1, keepdim=True)).exp()
+
+
+def _shared(generator: torch.Generator) -> torch.Generator:
+    """A generator that starts anew from the other's seed, which a layer's two maps have in common."""
+    return torch.Generator().manual_seed(generator.initial_seed())
+
+
+def orthogonal_gaussian(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
+    """Gaussian vectors as columns, in blocks of ``rows`` orthogonal ones (arXiv 2009.14794, section 3.2).
+
+    Each column alone is standard normal: its direction is uniform, and its length that of a Gaussian vector.
+    """
+    blocks: list[Tensor] = []
+    for _ in range(-(-columns // rows)):
+        gaussian = torch.randn(rows, rows, generator=generator, dtype=torch.float64)
+        orthogonal, upper = torch.linalg.qr(gaussian)
+        blocks.append(orthogonal * upper.diagonal().sign())  # uniform over rotations
+    lengths = torch.randn(rows, columns, generator=generator, dtype=torch.float64).norm(dim=0)
+    return torch.cat(blocks, 1)[:, :columns] * lengths
 
 
 class WriteGate(nn.Module):

@@ -140,7 +140,8 @@ class HybridMixer(nn.Module):
             feature_map, features = FEATURE_MAPS[config.feature_map], config.feature_multiple * head_dim
             count = heads if config.linear_heads is None else len(config.linear_heads)
             self.phi_q = feature_map(count, head_dim, features)
-            self.phi_k = feature_map(count if config.map_heads == "query" else kv_heads, head_dim, features)
+            key_maps = count if config.map_heads == "query" else kv_heads
+            self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
             if config.write_gate == "per_token":
                 self.phi_k = WriteGate(self.phi_k)
         self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
