@@ -14,8 +14,8 @@ from equipoise.registry import UnknownNameError
 from equipoise.sweep_plan import Cell, load_sweep, plan, sweep_names
 
 SHIPPED = {
-    "activation", "diagnostic", "dropout", "feature-dimension", "gate-value", "objectives", "overlap",
-    "window-size",
+    "activation", "collapse", "diagnostic", "dropout", "feature-dimension", "gate-value", "objectives",
+    "overlap", "window-size",
 }  # fmt: skip
 
 
