@@ -83,9 +83,9 @@ def equipoise_attention(
 
 def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor:
     mode = mixer.mode
+    if mode.kind in ("blend", "evicting") and layer is not None:
+        raise CacheError(f"mode {mode.kind!r} measures whole texts and keeps no cache: pass use_cache=False.")
     if mode.kind == "blend":
-        if layer is not None:
-            raise CacheError("mode 'blend' measures whole texts and keeps no cache: pass use_cache=False.")
         return _blended(mixer, inputs)
     if layer is None:
         return mixer.attend(inputs, mode=mode)[0]

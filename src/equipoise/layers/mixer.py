@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from equipoise.config import ConfigError, HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
+from equipoise.ops.eviction import Eviction, evicting_attention
 from equipoise.ops.head_subset import heads_of, subset_attention
 
 SINKS_STATE_KEYS = 8
@@ -29,25 +30,35 @@ class AttentionMode:
 
     Attributes:
         kind: ``hybrid``; ``softmax`` (the donor's own attention); ``swa`` (training-free window and sinks);
-            ``blend`` (a weighted mean of these two, for measuring what a head needs); ``none`` (outputs 0).
+            ``blend`` (a weighted mean of these two, for measuring what a head needs); ``evicting`` (softmax
+            over a cache that evicts, for scoring whole texts); ``none`` (outputs 0).
         branches: which branches of the hybrid run.
         window, sinks: what ``swa`` sees, or a window size that replaces the configured one in ``hybrid``.
         softmax_weight: of ``blend``: the donor's weight in each head [H]; gradients reach it.
+        eviction: of ``evicting``: budget and rule.
+
+    Raises:
+        ValueError: ``evicting`` without an eviction.
     """
 
-    kind: Literal["hybrid", "softmax", "swa", "blend", "none"] = "hybrid"
+    kind: Literal["hybrid", "softmax", "swa", "blend", "evicting", "none"] = "hybrid"
     branches: Branches = field(default_factory=Branches)
     window: int | None = None
     sinks: int = 0
     softmax_weight: Float[Tensor, " H"] | None = None
+    eviction: Eviction | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "evicting" and self.eviction is None:
+            raise ValueError("mode 'evicting' needs an eviction: a budget, and what is kept within it.")
 
     def same_as(self, other: AttentionMode) -> bool:
         """Whether both run the same; `==` cannot say so where branches differ by row."""
         if self is other:
             return True
         ours, theirs = self.branches, other.branches
-        return (self.kind, self.window, self.sinks, ours.reading) == (
-            other.kind, other.window, other.sinks, theirs.reading,
+        return (self.kind, self.window, self.sinks, self.eviction, ours.reading) == (
+            other.kind, other.window, other.sinks, other.eviction, theirs.reading,
         ) and _same_flag(ours.window, theirs.window) and _same_flag(ours.linear, theirs.linear)  # fmt: skip
 
 
@@ -207,6 +218,12 @@ class HybridMixer(nn.Module):
                 softcap=inputs.softcap, key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
                 sink_logits=inputs.sink_logits, initial_state=state, output_final_state=keep_state,
             )  # fmt: skip
+        if mode.kind == "evicting":
+            assert mode.eviction is not None
+            return evicting_attention(
+                inputs.q, inputs.k, inputs.v, mode.eviction, scale=inputs.scale, softcap=inputs.softcap,
+                key_mask=inputs.key_mask, segment_ids=inputs.segment_ids, sink_logits=inputs.sink_logits,
+            ), None  # fmt: skip
         return self.hybrid(
             inputs, branches=mode.branches, window=mode.window, state=state, keep_state=keep_state,
             reuse_state=reuse_state,
