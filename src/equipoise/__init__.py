@@ -13,6 +13,7 @@ from equipoise._register import register_with_transformers
 if TYPE_CHECKING:
     from equipoise.config import HybridConfig, RunConfig
     from equipoise.layers.cache import HybridCache
+    from equipoise.models.allocation import Allocation, allocate
     from equipoise.models.auto import merge_adapters, record_donor
     from equipoise.models.branches import BRANCH_STATES, branches, capture
     from equipoise.models.families import ConversionError
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "config": ("HybridConfig", "RunConfig"),
     "layers.cache": ("HybridCache",),
+    "models.allocation": ("Allocation", "allocate"),
     "models.auto": ("merge_adapters", "record_donor"),
     "models.branches": ("BRANCH_STATES", "branches", "capture"),
     "models.families": ("ConversionError",),
@@ -40,6 +42,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BRANCH_STATES",
+    "Allocation",
     "AttentionState",
     "Branches",
     "ConversionError",
@@ -47,6 +50,7 @@ __all__ = [
     "HybridConfig",
     "PromptState",
     "RunConfig",
+    "allocate",
     "branches",
     "capture",
     "describe_state",

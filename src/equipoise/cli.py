@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from equipoise import __version__
+from equipoise.commands.allocate import allocate_command
 from equipoise.commands.audit import audit_command
 from equipoise.commands.bench import bench_command
 from equipoise.commands.card import card_command
@@ -154,6 +155,7 @@ def common(
 
 VERBS = (
     ("plan", plan_command, "Say what a conversion will take, before it is run."),
+    ("allocate", allocate_command, "Measure where a donor needs its state, before it is converted."),
     ("convert", convert_command, "Make a hybrid of a softmax model."),
     ("audit", audit_command, "Show which branch of hybrids does the work."),
     ("attribute", attribute_command, "Show in which layers and heads the branches work."),

@@ -94,7 +94,7 @@ class HybridConfig(Settings):
 class AllocationConfig(Settings):
     """Sharing a budget of decode state: how long each layer's window is, which heads have a linear branch.
 
-    Measured on rows of the training data before anything trains; see `equipoise.allocation.allocate`.
+    Measured on rows of the training data before anything trains; see `equipoise.allocate`.
     """
 
     state_bytes: int | None = Field(default=None, ge=1)

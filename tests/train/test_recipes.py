@@ -14,7 +14,7 @@ from equipoise.registry import UnknownNameError
 from equipoise.train.recipes import load_recipe, recipe_names
 
 SHIPPED = (
-    "hedgecats", "hedgehog", "lolcats", "lora-only", "ssd", "swa-sinks", "t2r", "zero-shot",
+    "equipoise", "hedgecats", "hedgehog", "lolcats", "lora-only", "ssd", "swa-sinks", "t2r", "zero-shot",
 )  # fmt: skip
 
 
@@ -135,6 +135,22 @@ class TestAgainstTheMethod:
         assert run.transfer is None
         assert run.finetune is not None
 
+    def test_equipoise(self) -> None:
+        run = load_recipe("equipoise")
+        layer = hybrid(run)
+        assert (layer.window, layer.sinks, layer.mixing, layer.overlap) == (64, 4, "convex", True)
+        assert (layer.gate, layer.write_gate, layer.feature_map) == (
+            "per_token", "per_token", "hedgehog-joint",
+        )  # fmt: skip
+        assert run.allocation is not None
+        assert run.allocation.state_bytes is None  # those of the windows
+        assert run.transfer is not None
+        assert run.transfer.objectives == {"output": 1.0, "hybrid-output": 1.0}
+        assert run.finetune is not None
+        assert run.finetune.objectives == {"distillation": 1.0, "far-distillation": 1.0}
+        assert run.finetune.train_maps
+        assert run.finetune.window_dropout is None
+
     def test_swa_sinks(self) -> None:
         run = load_recipe("swa-sinks")
         layer = hybrid(run)
@@ -240,10 +256,12 @@ class TestFiles:
         with pytest.raises(UnknownNameError) as caught:
             load_recipe("lolcat")
         assert str(caught.value).startswith(
-            "unknown recipe 'lolcat'. Did you mean 'lolcats'? Known: hedgecats, "
+            "unknown recipe 'lolcat'. Did you mean 'lolcats'? Known: equipoise, hedgecats, "
         )
         assert "base" not in str(caught.value)
 
     def test_abstract_recipe(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"base is not a recipe itself .* Choose one of hedgecats, "):
+        with pytest.raises(
+            ConfigError, match=r"base is not a recipe itself .* Choose one of equipoise, hedgecats, "
+        ):
             load_recipe("base")

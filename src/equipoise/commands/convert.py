@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from equipoise.commands.failures import FAILED, INTERRUPTED, UsageError, VerbError, told_when_full
-from equipoise.commands.options import MaxSteps, Recipe, Settings, Streaming, TrainingData, TrustRemoteCode
+from equipoise.commands.options import (
+    DEFAULT_RECIPE,
+    MaxSteps,
+    Recipe,
+    Settings,
+    StateBytes,
+    Streaming,
+    TrainingData,
+    TrustRemoteCode,
+)
 from equipoise.commands.output import progress, quieten, results, say, say_json
 from equipoise.commands.recall_watch import recall_watchers
 from equipoise.config import merge, parse_assignments
@@ -23,8 +32,9 @@ STAGES = ("transfer", "finetune")
 
 def convert_command(
     donor: Annotated[str, typer.Argument(metavar="DONOR", help="Model directory, or a name on the Hub.")],
-    recipe: Recipe,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New directory for the result.")],
+    recipe: Recipe = DEFAULT_RECIPE,
+    state_bytes: StateBytes = None,
     data: TrainingData = None,
     streaming: Streaming = False,
     settings: Settings = None,
@@ -60,6 +70,7 @@ def convert_command(
     """Convert a softmax model into a hybrid by a recipe.
 
     \b
+    equipoise convert meta-llama/Llama-3.2-1B --output out/hybrid --state-bytes 4000000
     equipoise convert meta-llama/Llama-3.2-1B --recipe ssd --output out/ssd
     equipoise convert ./donor --recipe lolcats --output out/lolcats --data corpus.jsonl \\
         --set hybrid.window=32 --set finetune.learning_rate=5e-4 --max-steps 200
@@ -70,7 +81,7 @@ def convert_command(
     quieten()
     run = resolve(
         recipe, data=data, assignments=settings or [], max_steps=max_steps, report_to=report_to,
-        streaming=streaming,
+        streaming=streaming, state_bytes=state_bytes,
     )  # fmt: skip
     _check_streaming(run, stream_layers=stream_layers, join=join, resume=resume)
     if dry_run:
@@ -163,6 +174,7 @@ def resolve(
     max_steps: int | None,
     report_to: str | None = None,
     streaming: bool = False,
+    state_bytes: int | None = None,
 ) -> RunConfig:
     """The recipe with the command line's changes: --set over --max-steps, the other options over both.
 
@@ -174,6 +186,8 @@ def resolve(
         changes = merge(changes, {"data": {"source": data}})
     if report_to is not None:
         changes = merge(changes, {"report_to": report_to})
+    if state_bytes is not None:
+        changes = merge(changes, {"allocation": {"state_bytes": state_bytes}})
     if streaming:
         changes = merge(changes, {"data": {"streaming": True}})
     from equipoise.train.recipes import load_recipe
@@ -183,9 +197,10 @@ def resolve(
         present = [name for name in STAGES if _is_present(shipped, changes, name)]
         changes = merge({name: {"max_steps": max_steps} for name in present}, changes)
     run = load_recipe(recipe, changes)
-    for part in ("hybrid", *STAGES):
+    for part in ("hybrid", "allocation", *STAGES):
         if getattr(shipped, part) is None and getattr(run, part) is not None:
-            say(progress(), f"note: {run.name} has no {part} of its own; --set adds one", style="yellow")
+            how = "--state-bytes" if part == "allocation" and state_bytes is not None else "--set"
+            say(progress(), f"note: {run.name} has no {part} of its own; {how} adds one", style="yellow")
     return run
 
 

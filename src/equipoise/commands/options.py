@@ -29,6 +29,16 @@ Reading = Annotated[
 Recipe = Annotated[
     str, typer.Option("--recipe", metavar="NAME|FILE", help="See `equipoise recipes`, or a YAML file.")
 ]
+DEFAULT_RECIPE = "equipoise"
+StateBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--state-bytes",
+        metavar="N",
+        min=1,
+        help="Decode state of a sequence, shared between layers and heads by measurement.",
+    ),
+]
 TrainingData = Annotated[
     str | None,
     typer.Option("--data", metavar="SOURCE", help="File, folder, Hub data set or `stdlib`, to train on."),

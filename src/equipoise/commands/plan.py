@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from equipoise.commands.failures import INTERRUPTED, VerbError
-from equipoise.commands.options import MaxSteps, Recipe, Settings, TrainingData, TrustRemoteCode
+from equipoise.commands.options import (
+    DEFAULT_RECIPE,
+    MaxSteps,
+    Recipe,
+    Settings,
+    StateBytes,
+    TrainingData,
+    TrustRemoteCode,
+)
 from equipoise.commands.output import progress, quieten, results, say, say_json
 
 if TYPE_CHECKING:
@@ -21,7 +29,8 @@ def plan_command(
     donor: Annotated[
         str, typer.Argument(metavar="DONOR", help="Directory with a config.json, or a name on the Hub.")
     ],
-    recipe: Recipe,
+    recipe: Recipe = DEFAULT_RECIPE,
+    state_bytes: StateBytes = None,
     data: TrainingData = None,
     settings: Settings = None,
     max_steps: MaxSteps = None,
@@ -67,7 +76,7 @@ def plan_command(
     from equipoise.planning.costs import Target
     from equipoise.planning.plan import plan_conversion
 
-    run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps)
+    run = resolve(recipe, data=data, assignments=settings or [], max_steps=max_steps, state_bytes=state_bytes)
     target = Target(
         ranks=ranks, parallel=parallel, stream_layers=stream_layers, accelerator=accelerator,
         utilisation=utilisation,
@@ -92,14 +101,13 @@ def show(plan: Plan) -> None:
     kept = [
         f"{len(n)} left {kind}" for kind, n in (("local", layers.local), ("softmax", layers.softmax)) if n
     ]
-    reach = "unlimited" if plan.reach is None else f"{plan.reach:,} tokens"
     known = "" if plan.data.tokens is None else f"about {plan.data.tokens:,} tokens; "
     facts = {
         "donor": f"{plan.donor}: {plan.model_type}, {plan.parameters:,} parameters",
         "recipe": f"{plan.recipe}: {', then '.join(s.name for s in plan.stages) or 'nothing trained'}",
         "layers": ", ".join([f"{len(layers.converted)} converted", *kept]),
         "added": f"{plan.mixer_parameters:,} parameters of feature maps and gates",
-        "decode state": f"{bytes_in_words(plan.state_bytes)} a sequence; windows reach {reach}",
+        "decode state": f"{bytes_in_words(plan.state_bytes)} a sequence; {_windows(plan)}",
         "data": f"{known}{plan.data.source}",
         "disk": f"{bytes_in_words(plan.output_bytes)} for the result, "
         f"{bytes_in_words(plan.work_bytes)} while training",
@@ -109,6 +117,12 @@ def show(plan: Plan) -> None:
     if plan.stages:
         _print_stages(plan)
     _say_time(plan)
+
+
+def _windows(plan: Plan) -> str:
+    if plan.is_allocated:
+        return "windows and linear heads are measured first"
+    return f"windows reach {'unlimited' if plan.reach is None else f'{plan.reach:,} tokens'}"
 
 
 def _print_facts(facts: dict[str, str]) -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from equipoise.config import RunConfig, Schedule
+from equipoise.config import HybridConfig, RunConfig, Schedule
 from equipoise.data.preparing import HELD_OUT_ROWS
 from equipoise.data.sources import absolute_source
 from equipoise.layers.interface import mixers_of
 from equipoise.models.adapters import add_lora
+from equipoise.models.allocation import budget_of
 from equipoise.models.families import check_family
 from equipoise.models.layout import DROPOUTS, LayerReport, reach, report_layers, state_bytes
 from equipoise.models.load import load_config
@@ -82,7 +83,9 @@ class Plan:
         layers: layer numbers by what they will run.
         window: the recipe's.
         reach: tokens that stacked windows relay information over; None for no limit.
-        state_bytes: constant decode state of a sequence.
+        state_bytes: constant decode state of a sequence; what it may be at most where it is to be allocated.
+        is_allocated: whether measurements will share it out between layers and heads. Memory and time are
+            planned as if every head had a linear branch, which is more than comes of it.
         device, dtype: what it would run on here, and in.
         available_bytes: memory that is free there now.
         context_length: tokens of a row.
@@ -109,6 +112,7 @@ class Plan:
     window: int | None
     reach: int | None
     state_bytes: int
+    is_allocated: bool
     device: str
     dtype: str
     available_bytes: int
@@ -171,7 +175,7 @@ def plan_conversion(
     size = _data_size(run, donor)
     held = weights.held(ranks=target.ranks if target.parallel == "fsdp2" else 1, layers=target.stream_layers)
     stages = tuple(_stages(model, run, size.tokens, length, held))
-    kinds = _kinds(report_layers(model))
+    kinds = _kinds(report_layers(model), run.hybrid)
     scene = Scene(config, run, kinds, length, dtype, device, weights, held, target)
     memory: dict[str, int] = {}
     unknown = None
@@ -192,7 +196,8 @@ def plan_conversion(
         donor=donor, model_type=str(config.model_type), recipe=run.name, parameters=parameters,
         mixer_parameters=mixers, layers=report_layers(model),
         window=None if run.hybrid is None else run.hybrid.window, reach=reach(model),
-        state_bytes=state_bytes(model), device=device, dtype=str(dtype).removeprefix("torch."),
+        state_bytes=_state_bytes(model, run), is_allocated=run.allocation is not None, device=device,
+        dtype=str(dtype).removeprefix("torch."),
         available_bytes=available(device), context_length=length, data=size, stages=stages,
         download_bytes=0 if local and any(Path(donor).glob("*.safetensors")) else weights.on_disk,
         output_bytes=added + (parameters * dtype.itemsize if run.checkpoint == "full" else 0),
@@ -201,6 +206,12 @@ def plan_conversion(
         target=target, libraries_bytes=LIBRARIES if device == "cpu" else 0, memory=memory,
         memory_bytes=max(memory.values(), default=None), unmeasured=unmeasured, unknown=unknown,
     )  # fmt: skip
+
+
+def _state_bytes(model: Any, run: RunConfig) -> int:
+    if run.hybrid is None or run.allocation is None:
+        return state_bytes(model)
+    return budget_of(model, run.hybrid, run.allocation)
 
 
 def _elsewhere(target: Target) -> str | None:
@@ -280,9 +291,15 @@ def _timed(
     return replace(stage, step_seconds=a_step, seconds=None if stage.steps is None else stage.steps * a_step)
 
 
-def _kinds(layers: LayerReport) -> list[Kind]:
+def _kinds(layers: LayerReport, hybrid: HybridConfig | None) -> list[Kind]:
     """What each layer runs, in order."""
     found: dict[int, Kind] = dict.fromkeys(layers.converted, "converted")
+    if hybrid is not None and any(own.get("feature_map", True) for own in hybrid.per_layer.values()):
+        found |= {
+            index: "windowed"
+            for index in layers.converted
+            if hybrid.feature_map is not None and hybrid.for_layer(index).feature_map is None
+        }
     found |= dict.fromkeys(layers.local, "local")
     found |= dict.fromkeys(layers.softmax, "softmax")
     return [found[index] for index in sorted(found)]

@@ -106,7 +106,7 @@ def required(
             tensors = _most(own, scene.tensors("evaluation", rows))
         added = stage.weight_bytes - scene.held + stage.training_bytes
         if scene.target.stream_layers:  # one layer's mixer trains at a time
-            added //= max(1, sum(kind == "converted" for kind in scene.kinds))
+            added //= max(1, sum(kind in ("converted", "windowed") for kind in scene.kinds))
         needs.append(Need(stage.name, added, tensors))
         costed.append(
             replace(stage, activation_bytes=round(tensors.peak_bytes), cost=_cost(stage, scene, own, rows))

@@ -33,7 +33,7 @@ from equipoise.models.adapters import add_lora
 from equipoise.models.branches import branches, capture, observe
 from equipoise.models.surgery import hybridize
 from equipoise.ops import Branches
-from equipoise.planning.slices import Kind, make_slice, slice_settings
+from equipoise.planning.slices import Kind, make_slice, representatives, slice_settings
 from equipoise.train.losses import finetune_loss, is_plain
 from equipoise.train.objectives import LayerTarget, weighted_sum
 from equipoise.train.probe import BranchProbe
@@ -101,7 +101,7 @@ def footprint(
     Raises:
         NotSimulatedError: not possible for this model.
     """
-    chosen = {kind: kinds.index(kind) for kind in ("converted", "local", "softmax") if kind in kinds}
+    chosen = representatives(kinds, run.hybrid)
     first = next(iter(chosen))
 
     def of(indices: list[int]) -> Footprint:
@@ -214,6 +214,8 @@ def _transfer_observer(run: RunConfig) -> Any:
     objective = weighted_sum(run.transfer.objectives)
 
     def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
+        if mixer.phi_q is None:
+            return
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             objective(LayerTarget(mixer, seen.detach(), output.detach())).backward()
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from equipoise.config import HybridConfig, RunConfig
 from equipoise.models.surgery import hybridize
 from equipoise.train.stages import finetune, transfer
 
-Kind = Literal["converted", "local", "softmax"]
+Kind = Literal["converted", "windowed", "local", "softmax"]
+"""What a layer runs: a hybrid with a linear branch (or as all others are), one that was given a window only
+while others have both, the donor's own window, the donor's softmax."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Stage = Literal["transfer", "finetune"]
 STEPS = 3
 """Optimiser steps that are timed, after one that is not; their median counts."""
@@ -44,7 +47,7 @@ def stage_seconds(
         device: to run on.
     """
     # what takes long is converted layers; start with one of those where there are any
-    chosen = {kind: kinds.index(kind) for kind in ("converted", "local", "softmax") if kind in kinds}
+    chosen = representatives(kinds, run.hybrid)
     first = next(iter(chosen))
 
     def measure(indices: list[int], count: int) -> float:
@@ -88,9 +91,23 @@ def slice_seconds(
     return statistics.median(clock.seconds[1:])
 
 
+def representatives(kinds: Sequence[Kind], hybrid: HybridConfig | None) -> dict[Kind, int]:
+    """A layer of each kind there is: of several the one with the largest window."""
+
+    def window(index: int) -> int:
+        return 0 if hybrid is None else hybrid.for_layer(index).window or 0
+
+    found: dict[Kind, int] = {}
+    for kind in KINDS:
+        indices = [index for index, other in enumerate(kinds) if other == kind]
+        if indices:
+            found[kind] = max(indices, key=window)
+    return found
+
+
 def slice_settings(hybrid: HybridConfig, indices: Sequence[int], kinds: Sequence[Kind]) -> HybridConfig:
     """The settings of a slice, whose layers are counted anew."""
-    converted = tuple(i for i, index in enumerate(indices) if kinds[index] == "converted")
+    converted = tuple(i for i, index in enumerate(indices) if kinds[index] in ("converted", "windowed"))
     own = {i: hybrid.per_layer[indices[i]] for i in converted if indices[i] in hybrid.per_layer}
     return hybrid.model_copy(update={"layers": converted, "per_layer": own})
 

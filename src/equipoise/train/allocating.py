@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from equipoise.allocation import Allocation, allocate
 from equipoise.bars import counted
 from equipoise.config import HybridConfig, RunConfig
 from equipoise.data.packing import collate
 from equipoise.distributed import from_leader, leader_does, ranks
 from equipoise.files import make_directory, write_text
+from equipoise.models.allocation import Allocation, allocate
 
 ALLOCATION = "allocation.json"
 """In the working directory of a run: what was measured and chosen."""
@@ -41,7 +41,7 @@ def allocated(
         console: where a bar goes.
 
     Raises:
-        ConfigError: a budget or settings that cannot be, see `equipoise.allocation.allocate`.
+        ConfigError: a budget or settings that cannot be, see `equipoise.allocate`.
     """
     place = work / ALLOCATION
 

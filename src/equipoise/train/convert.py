@@ -56,7 +56,7 @@ class RunRecord:
         stages: steps, tokens, seconds and log of each stage; the log holds every watched value by step
             (`equipoise.train.watching.watched_history`).
         held_out: mean loss in nats per token on held-out rows: the donor's and the result's.
-        allocation: where the bytes of state went, and why (`equipoise.allocation.Allocation`).
+        allocation: where the bytes of state went, and why (`equipoise.models.allocation.Allocation`).
         equipoise_version: that made it.
     """
 

@@ -53,6 +53,9 @@ def check_streamable(run: RunConfig) -> None:
     if run.finetune is not None:
         reasons.append("stage 2 (finetune) needs all of it, sharded over GPUs by FSDP2")
         changes.append("--set finetune=null")
+    if run.allocation is not None:
+        reasons.append("allocation measures all of it")
+        changes.append("--set allocation=null")
     if run.watch is not None:
         reasons.append("watch looks at all of it while it trains")
         changes.append("--set watch=null")

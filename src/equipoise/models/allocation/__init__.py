@@ -5,6 +5,6 @@ Everything is measured on the donor, by how far its predictions move; nothing is
 
 from __future__ import annotations
 
-from equipoise.allocation.allocate import Allocation, allocate
+from equipoise.models.allocation.budget import Allocation, allocate, budget_of
 
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "allocate", "budget_of"]

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from equipoise.allocation.choosing import Costs, chosen_heads, even_windows, hull, share_windows
 from equipoise.config import ConfigError
+from equipoise.models.allocation.choosing import Costs, chosen_heads, even_windows, hull, share_windows
 
 CURVES = (
     {2: 1.0, 4: 0.5, 8: 0.3, 16: 0.25},

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.allocation import allocate
-from equipoise.allocation.measuring import DonorDivergence
 from equipoise.config import AllocationConfig, ConfigError, HybridConfig, parse
 from equipoise.layers.cache import CacheError
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode
+from equipoise.models.allocation import allocate
+from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import branches
 from equipoise.models.layout import state_bytes
 from equipoise.models.surgery import hybridize

@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from equipoise.allocation.choosing import Costs, Curve, chosen_heads, even_windows, share_windows
-from equipoise.allocation.measuring import DonorDivergence
 from equipoise.config import AllocationConfig, ConfigError, HybridConfig
+from equipoise.models.allocation.choosing import Costs, Curve, chosen_heads, even_windows, share_windows
+from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import KV_BYTES, STATE_BYTES
 from equipoise.models.surgery import hybridize, revert
@@ -117,8 +117,7 @@ def _allocate(
 ) -> Allocation:
     mixers = converted_mixers(model)
     costs = _costs(mixers, hybrid)
-    assert hybrid.window is not None
-    budget = settings.state_bytes or costs.windows([hybrid.window] * len(mixers))
+    budget = budget_of(model, hybrid, settings)
     floor = costs.windows([settings.smallest_window] * len(mixers))
     if budget < floor + costs.head:
         raise ConfigError(
@@ -149,6 +148,13 @@ def _allocate(
         layers=indices, windows=windows, linear_heads=[list(of) for of in heads], importance=importance,
         curves=[dict(curve) for curve in curves], divergence=divergence,
     )  # fmt: skip
+
+
+def budget_of(model: Any, hybrid: HybridConfig, settings: AllocationConfig) -> int:
+    """Bytes of decode state that an allocation may use, for a converted model of these shapes."""
+    mixers = converted_mixers(model)
+    assert hybrid.window is not None
+    return settings.state_bytes or _costs(mixers, hybrid).windows([hybrid.window] * len(mixers))
 
 
 def _costs(mixers: Sequence[Any], hybrid: HybridConfig) -> Costs:
