@@ -184,7 +184,7 @@ def converted(convert: Cli, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-JSON = ("config.json", "lora/adapter_config.json", "tokenizer_config.json")
+JSON = ("config.json", "generation_config.json", "lora/adapter_config.json", "tokenizer_config.json")
 
 
 def fuzz_json(cli: Cli, converted: Path, name: str, seed: int) -> None:
@@ -229,6 +229,32 @@ def test_an_index_that_leads_elsewhere(
     done = cli("convert", copy, "--recipe", "swa-sinks", "--output", tmp_path / "out")
     check(done, tmp_path, before, 1)
     assert words.strip("'") in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eos_token_id", 10**20), ("eos_token_id", [3, -(10**20)]), ("eos_token_id", "x"),
+        ("pad_token_id", 2**31), ("bos_token_id", True), ("suppress_tokens", [1.5]),
+    ],
+)  # fmt: skip
+def test_token_ids_that_no_tensor_holds(cli: Cli, copy: Path, tmp_path: Path, name: str, value: Any) -> None:
+    place = copy / "generation_config.json"
+    place.write_text(json.dumps({name: value}), encoding="utf-8")
+    before = files(tmp_path)
+    done = cli("generate", copy, "def", "--max-new-tokens", 1)
+    check(done, tmp_path, before, 1)
+    assert f"as {name}" in done.stderr
+    place.write_text(json.dumps({"pad_token_id": -1, "eos_token_id": [2, 500]}), encoding="utf-8")
+    check(cli("generate", copy, "def", "--max-new-tokens", 1), tmp_path, before, 0)
+
+
+def test_a_converted_models_token_ids(cli: Cli, converted: Path) -> None:
+    place = converted / "generation_config.json"
+    place.write_text(json.dumps({"eos_token_id": 10**20}), encoding="utf-8")
+    done = cli("generate", converted, "def", "--max-new-tokens", 1)
+    check(done, converted, files(converted), 1)
+    assert f"as eos_token_id in generation_config.json or config.json, got {10**20}" in done.stderr
 
 
 # ---- prompt states

@@ -17,7 +17,7 @@ from equipoise import HybridConfig, branches, describe_state, hybridize, load_st
 from equipoise.layers.interface import mixers_of
 from equipoise.models.adapters import adapters_disabled, add_lora
 from equipoise.models.reading import model_digest
-from equipoise.models.states import StateError
+from equipoise.models.states import StateError, _digest
 from support import random_tokens, tiny_model
 
 BOOK, QUESTION = random_tokens(1, 150), random_tokens(1, 7, seed=1)
@@ -195,6 +195,58 @@ def test_changed_tokens_are_refused(converted: Any, saved: Path) -> None:
     save_file(tensors, saved, metadata)
     with pytest.raises(StateError, match="its tokens are not those it was written with"):
         load_state(saved, converted)
+
+
+def forge(path: Path, change: Callable[[dict[str, torch.Tensor]], None], **described: Any) -> None:
+    """Change tensors and have the file's own digests say that this is what was written."""
+    tensors, metadata = load_file(path), json.loads(_metadata(path)["equipoise"])
+    change(tensors)
+    state = {name: tensor for name, tensor in tensors.items() if name != "tokens"}
+    digests = {"state_digest": _digest(state), "tokens_digest": _digest({"tokens": tensors["tokens"]})}
+    save_file(tensors, path, {"equipoise": json.dumps({**metadata, **digests, **described})})
+
+
+def put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], None]:
+    def apply(tensors: dict[str, Any]) -> None:
+        tensors[name] = change(tensors[name]).contiguous()
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "described", "message"),
+    [
+        (put("layers.0.keys", lambda t: t[:, :, :3]), {}, r"layers\.0\.keys .* got .*\[1, 2, 3, 8\]"),
+        (put("layers.1.linear_state", lambda t: t[..., :1]), {}, r"layers\.1\.linear_state"),
+        (put("layers.0.linear_normalizer", lambda t: t.double()), {}, "expected .* float32"),
+        (put("layers.0.folded", lambda t: t.expand(5)), {}, r"layers\.0\.folded"),
+        (lambda t: t.pop("layers.1.values"), {}, r"expected the tensors \['layers\.1\.values'\]"),
+        (lambda t: t.update({"layers.7.keys": torch.zeros(1)}), {}, r"got \['layers\.7\.keys'\]"),
+        (lambda t: t.update({"x": torch.zeros(1)}), {}, r"got \['x'\]"),
+        (lambda t: None, {"tokens": 3}, r"expected the tokens int32 \[1, 3\]"),
+        (put("tokens", lambda t: t[0]), {}, "expected the tokens int32"),
+        (put("tokens", lambda t: t + 10**6), {}, "expected tokens 0 to"),
+        (put("tokens", lambda t: t[:, :0]), {"tokens": 0}, "expected the tokens int32"),
+    ],
+)  # fmt: skip
+def test_other_tensors_under_valid_digests_are_refused(
+    converted: Any, saved: Path, change: Callable[[Any], None], described: dict[str, Any], message: str
+) -> None:
+    forge(saved, change, **described)
+    with pytest.raises(StateError, match=message):
+        load_state(saved, converted)
+
+
+@pytest.mark.parametrize(("layer", "length"), [(0, 5), (1, 7)])
+def test_keys_of_local_layers_under_valid_digests(layer: int, length: int, tmp_path: Path) -> None:
+    """A donor's own window holds its last keys: no more, and no fewer."""
+    model, path = converted_of("gemma3_text"), tmp_path / "book.safetensors"
+    for change in (lambda t: t[:, :, 1:], lambda t: torch.cat([t, t[:, :, :1]], 2)):
+        save_state(path, read_prompt(model, BOOK), model)
+        load_state(path, model)
+        forge(path, put(f"layers.{layer}.keys", change))
+        with pytest.raises(StateError, match=rf"layers\.{layer}\.keys float32 \[1, 2, {length}, 8\]"):
+            load_state(path, model)
 
 
 @pytest.mark.parametrize(

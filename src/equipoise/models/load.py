@@ -21,7 +21,7 @@ from equipoise.distributed import ranks
 from equipoise.models.families import check_family
 from equipoise.models.layout import DROPOUTS
 from equipoise.models.sharding import empty_donor
-from equipoise.models.storage import CheckpointError, load_tensors
+from equipoise.models.storage import CheckpointError, check_token_ids, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +226,7 @@ def _load(
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"{name_or_path}: a weights file is damaged or cut off ({error}).") from None
+    check_token_ids(model.generation_config, name_or_path)
     on_device: Any = model
     return on_device.to(where).eval()
 

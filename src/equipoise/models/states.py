@@ -21,7 +21,7 @@ from equipoise.files import write_atomically
 from equipoise.layers.cache import HybridCache, HybridCacheLayer
 from equipoise.layers.mixer import AttentionMode
 from equipoise.models.branches import converted_mixers
-from equipoise.models.reading import PromptState, current_mode, model_digest, update_digest
+from equipoise.models.reading import PromptState, current_mode, model_digest, read_prompt, update_digest
 from equipoise.ops import AttentionState, Branches
 
 SUFFIX = ".safetensors"
@@ -201,6 +201,7 @@ def load_state(path: str | Path, model: nn.Module) -> PromptState:
                 f"{expected[:12]}…): the file was changed or damaged. Copy it again, or save it again."
             )
     device = next(model.parameters()).device
+    _check_shapes(path, described, model, tensors, tokens)
     cache = _fill(model, described, {name: tensor.to(device) for name, tensor in tensors.items()})
     return PromptState(cache, tokens.long().to(device), current_mode(model))
 
@@ -230,6 +231,38 @@ def _check_model(path: str | Path, described: StateDescription, model: nn.Module
             f"{path}: was read by a {described.model_type} with other weights or settings "
             f"({described.model_name or 'no name'}, SHA-256 {described.model_digest[:12]}…). {again}"
         )
+
+
+def _check_shapes(
+    path: str | Path, described: StateDescription, model: Any, tensors: dict[str, Tensor], tokens: Tensor
+) -> None:
+    """Hold the tensors to those the model makes of one token: a digest tells damage, not who wrote it."""
+
+    def refuse(what: str, expected: object, got: object) -> StateError:
+        return StateError(
+            f"{path}: expected {what} {expected} of this model, got {got}: the file was not written by "
+            "`equipoise state save`. Save the state again."
+        )
+
+    def form(tensor: Tensor) -> str:
+        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+    count, vocabulary = described.tokens, model.config.get_text_config(decoder=True).vocab_size
+    if tokens.dtype != torch.int32 or list(tokens.shape) != [1, count] or count < 1:
+        raise refuse("the tokens", f"int32 [1, {count}]", form(tokens))
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise refuse("tokens", f"0 to {vocabulary - 1}", f"{int(tokens.min())} to {int(tokens.max())}")
+    made = read_prompt(model, torch.zeros(1, 1, dtype=torch.long, device=model.device)).cache
+    own = _tensors(made)
+    if own.keys() != tensors.keys():
+        raise refuse("the tensors", sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys()))
+    for name, one in own.items():
+        layer: Any = made.layers[int(name.split(".")[1])]
+        if not isinstance(layer, HybridCacheLayer):  # keys and values of every token, or of a donor's window
+            limit = int(layer.sliding_window) - 1 if getattr(layer, "is_sliding", False) else count
+            one = one.expand(-1, -1, min(count, limit), -1)
+        if form(one) != form(tensors[name]):
+            raise refuse(name, form(one), form(tensors[name]))
 
 
 def _dtype(model: nn.Module) -> str:

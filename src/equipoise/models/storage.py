@@ -117,11 +117,37 @@ def load_mixers(model: nn.Module, checkpoint: Any, hub: dict[str, Any]) -> None:
 
 
 def load_generation_config(model: Any, checkpoint: Any, hub: dict[str, Any]) -> None:
-    """Take over the checkpoint's generation settings, where it has any."""
+    """Take over the checkpoint's generation settings, where it has any; errors as `check_token_ids`."""
     try:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
     except OSError:  # transformers' way to say that there is no such file
         return
+    check_token_ids(model.generation_config, checkpoint)
+
+
+_LARGEST_ID = 2**31 - 1
+
+
+def check_token_ids(settings: Any, checkpoint: Any) -> None:
+    """Refuse generation settings whose token ids no tensor of tokens can hold.
+
+    Args:
+        settings: transformers' GenerationConfig; None for a model without.
+        checkpoint: what the message names.
+
+    Raises:
+        CheckpointError: names the setting and its value.
+    """
+    for name, value in {} if settings is None else settings.to_dict().items():
+        if not name.endswith(("token_id", "suppress_tokens")) or value is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            # -1 stands for "none" in some published models
+            if not isinstance(one, int) or isinstance(one, bool) or not -1 <= one <= _LARGEST_ID:
+                raise CheckpointError(
+                    f"{checkpoint}: expected a token id (a whole number up to {_LARGEST_ID}) as {name} in "
+                    f"generation_config.json or config.json, got {one!r}; copy the file again."
+                )
 
 
 def lora_folder(checkpoint: Any, hub: dict[str, Any]) -> Path:
