@@ -36,6 +36,7 @@ from equipoise.demo_donor import DonorSettings, cached_donor
 from equipoise.files import write_text
 from equipoise.models.load import load_config, load_model, load_tokenizer
 from equipoise.models.storage import describe_donor
+from equipoise.secrets import without_secrets
 from equipoise.statistics import ScoreTable
 from equipoise.sweep_plan import DEMO, Cell, SweepConfig
 from equipoise.train.convert import convert
@@ -198,7 +199,7 @@ class _Sweep:
             try:
                 self._run_cell(cell)
             except Exception as error:
-                failures[cell.folder] = f"{type(error).__name__}: {error}"
+                failures[cell.folder] = without_secrets(f"{type(error).__name__}: {error}")
                 self._note(cell, "failed", error=failures[cell.folder])
                 self._say(f"failed, going on: {failures[cell.folder]}", style="red")
             gc.collect()

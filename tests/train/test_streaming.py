@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conversions import files, logits, quiet
 from equipoise.config import ConfigError
@@ -24,6 +25,7 @@ from equipoise.data.streaming import StreamedRows
 from equipoise.models.load import load_model
 from equipoise.train.convert import convert
 from equipoise.train.progress import ProgressReport
+from ranks import launch, run_job
 from support import tiny_tokenizer
 
 STAGE = {"max_steps": 4, "save_every": 2, "batch_size": 4, "micro_batch_size": 2}
@@ -172,6 +174,28 @@ def test_killed_by_the_system(source: str, donor: str, small: Any, tmp_path: Pat
     subprocess.run([*command, "--output", str(cut), "--resume"], check=True, capture_output=True)
     models = [load_model(str(tmp_path / name)) for name in ("whole", "cut")]
     assert torch.equal(logits(models[0]), logits(models[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_ranks_read_what_one_process_reads(
+    parallel: str, source: str, donor: str, small: Any, tmp_path: Path
+) -> None:
+    """Over gloo, in float64, from shards that each rank reads for itself."""
+    run = streaming(small, source).model_dump(mode="json")
+    job = {"donor": donor, "run": run, "float64": True}
+    run_job({**job, "output": str(tmp_path / "one")})
+    done = launch(2, [{**job, "output": str(tmp_path / "two"), "parallel": parallel}], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("hybrid.safetensors", "lora/adapter_model.safetensors"):
+        ours, theirs = (load_file(tmp_path / place / name) for place in ("two", "one"))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-12)
+    one, two = (json.loads((tmp_path / place / "run.json").read_text()) for place in ("one", "two"))
+    assert two["held_out"] == pytest.approx(one["held_out"], abs=1e-9)
+    assert two["train_tokens"] == one["train_tokens"]
 
 
 MEMORY = """

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from equipoise.distributed import launched
+from equipoise.secrets import without_secrets
 
 PIPED_WIDTH = 100
 """Columns of a table that goes to a file or a pipe."""
@@ -49,7 +50,8 @@ def say_json(value: object) -> None:
 
 
 def say_error(message: str) -> None:
-    """One `error: …` on stderr, red where that can be seen."""
+    """One `error: …` on stderr, red where that can be seen, without passwords and tokens."""
+    message = without_secrets(message)
     console = _stderr(quiet=False)  # whichever of several processes failed
     console.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
 

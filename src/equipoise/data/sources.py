@@ -29,6 +29,7 @@ from equipoise.data.layouts import (
     project,
     to_dataset,
 )
+from equipoise.secrets import has_secret
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".text", ".py"})
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
@@ -69,6 +70,11 @@ def load_documents(
     Raises:
         DataError: the source is missing, unreadable, malformed or has no usable document.
     """
+    if has_secret(source):
+        raise DataError(
+            "expected a source without a user, password or token in its address, since reports carry it on; "
+            "give the token as HF_TOKEN, or log in with `hf auth login`"
+        )
     if limit is not None and limit < 1:
         raise DataError(f"expected a document limit of at least 1, got {limit}; omit it for all")
     if source == "stdlib":

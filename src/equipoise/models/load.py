@@ -22,6 +22,7 @@ from equipoise.models.families import check_family
 from equipoise.models.layout import DROPOUTS
 from equipoise.models.sharding import empty_donor
 from equipoise.models.storage import CheckpointError, check_token_ids, load_tensors
+from equipoise.secrets import has_secret
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,11 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, weights: 
     Raises:
         CheckpointError: not a model, no weights, weights damaged or only as pickles.
     """
+    if has_secret(name_or_path):
+        raise CheckpointError(
+            "expected a model's directory or name without a user, password or token in it, since files that "
+            "are written carry it on. Give the token as HF_TOKEN, or log in with `hf auth login`."
+        )
     path, base = Path(name_or_path), adapters_base(name_or_path)
     if base is not None:
         return load_config(base, trust_remote_code=trust_remote_code, weights=weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
 from equipoise.models.sharding import own_class, shard, whole_weights
 from equipoise.models.surgery import hybridize
+from equipoise.secrets import has_secret
 from equipoise.train.allocating import allocated, as_dict
 from equipoise.train.ending import ended_by_sigterm, only_run
 from equipoise.train.outputs import RUN, START, WORK, claimed_by_leader, clean_up, left_behind, staged
@@ -220,7 +220,7 @@ def check_no_secret(address: str, what: str) -> None:
     Raises:
         ConfigError: names the setting, and not the secret.
     """
-    if re.search(r"//[^/\s@]+@", address) or re.search(r"\bhf_[A-Za-z0-9]{20,}", address):
+    if has_secret(address):
         raise ConfigError(
             f"{what}: expected a name or address without a user, password or token in it, since it is "
             "written to run.json. Give the token as HF_TOKEN, or log in with `hf auth login`."
@@ -233,6 +233,8 @@ def check_start(work: Path, run: RunConfig, donor: str, seed: int, **more: Any) 
     Raises:
         ConfigError: it is not; names what differs.
     """
+    check_no_secret(donor, "DONOR")
+    check_no_secret(run.data.source, "data.source")
     started = {"donor": donor, "seed": seed, **more, **run.model_dump(mode="json")}
     place = work / START
     if not place.is_file():
