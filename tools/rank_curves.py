@@ -85,7 +85,10 @@ def planned(folder: str, ranks: int, known: dict[Any, Any]) -> dict[str, Any]:
 
 
 def measure(ranks: int) -> dict[str, Any]:
-    """Peak of each rank's resident memory in a conversion of `SMALL`, beside what is counted for it."""
+    """Peak of each rank's resident memory in a conversion of `SMALL`, beside what is counted for it.
+
+    The first rank reads the whole donor before it deals it out; the others show what a shard takes.
+    """
     settings = batch(2, 256, "watch=null")
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_donor(SMALL, Path(temporary))

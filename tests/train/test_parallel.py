@@ -231,6 +231,9 @@ class TestChoosing:
         self.launched(monkeypatch, 2)
         assert chosen_parallel("auto") == "ddp"
         assert chosen_parallel("fsdp2") == "fsdp2"
+        self.launched(monkeypatch, 1)
+        assert chosen_parallel("fsdp2") == "ddp"  # a shard of one rank would be the whole donor
+        self.launched(monkeypatch, 2)
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         assert chosen_parallel("ddp") == "ddp"
         assert chosen_parallel("auto") == "fsdp2"

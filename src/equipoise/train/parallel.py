@@ -60,7 +60,8 @@ def chosen_parallel(wanted: str) -> Literal["none", "ddp", "fsdp2"]:
         return "none"
     if wanted == "auto":
         return "fsdp2" if _FSDP in _configured else "ddp"
-    return "fsdp2" if wanted == "fsdp2" else "ddp"
+    # one rank's shard would be the whole donor, and FSDP2 does not run so
+    return "fsdp2" if wanted == "fsdp2" and launched().count > 1 else "ddp"
 
 
 def _is_set(variable: str) -> bool:
