@@ -14,6 +14,7 @@ from pathlib import Path
 
 from faults.events import Event, Strike
 from faults.strikes import (
+    cut_off,
     failing,
     infinite_gradient,
     interrupted,
@@ -48,6 +49,8 @@ class Point:
         tamper: done to the output before it is resumed.
         passed_over: how many checkpoints the damage may cost; None for all.
         again: the resumed run is struck as well, anywhere.
+        donor: done to a shard of the donor, which is put back after a start that has to be refused.
+        ranks: how many run it; one of them is struck.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Point:
     tamper: Tamper | None = None
     passed_over: int | None = 0
     again: bool = False
+    donor: Tamper | None = None
+    ranks: int = 1
 
 
 def on(*wanted: str) -> Matches:
@@ -229,4 +234,10 @@ POINTS: tuple[Point, ...] = (
         tamper=spoil_file("training/transfer/trained.safetensors", "training/transfer/finished.json"),
     ),
     Point(name="damaged: token cache", at=on("step *"), tamper=spoil_tokens),
+    Point(name="donor: a shard is cut off", at=on("step *"), donor=cut_off),
+    Point(name="donor: a shard is cut off, no step taken", at=on("written work/start.json"), donor=cut_off),
+    Point(
+        name="a rank dies", at=on("step *", "gradients *", "before optimising ", "optimised "), ends=1,
+        words=("another of the 2 processes of this run stopped",), ranks=2,
+    ),
 )  # fmt: skip

@@ -135,6 +135,14 @@ def spoil(path: Path, draw: random.Random) -> None:
         path.unlink()
 
 
+def cut_off(path: Path, draw: random.Random) -> None:
+    """The end of a file, or all of it."""
+    if draw.random() < 0.25:
+        path.unlink()
+    else:
+        _cut(path, draw)
+
+
 def checkpoints(out: Path) -> list[Path]:
     """Of the stage under way, the newest first."""
     stages = [out / "training" / name for name in ("finetune", "transfer")]

@@ -8,9 +8,11 @@ import json
 import os
 import random
 import shutil
+import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,28 +67,36 @@ class World:
 
         self.place, self.out = place, place / "out"
         donor = place / "donor"
-        tiny_model(vocab_size=300, hidden_size=16, intermediate_size=16, num_attention_heads=2,
-                   num_key_value_heads=1, head_dim=8).save_pretrained(donor)  # fmt: skip
+        model = tiny_model(vocab_size=300, hidden_size=16, intermediate_size=16, num_attention_heads=2,
+                           num_key_value_heads=1, head_dim=8)  # fmt: skip
+        model.save_pretrained(donor, max_shard_size="10KB")
         tiny_tokenizer().save_pretrained(donor)
         lines = (json.dumps({"text": f"def window{i}(size):\n    return size + {i}\n"}) for i in range(60))
         (place / "text.jsonl").write_text("\n".join(lines))
         for name, text in RECIPES.items():
             more = f"data: {{source: {place / 'text.jsonl'}, context_length: 16, max_tokens: 1500}}\n"
             (place / f"{name}.yaml").write_text(f"{text}precision: float32\n{more}")
-        self.events: dict[str, list[Event]] = {}
+        self.ranks = 1
+        self.known: dict[tuple[str, int], list[Event]] = {}
         self.command: Any = None
-        self.donor = (donor / "model.safetensors").read_bytes()
+        self.donor = {path: path.read_bytes() for path in sorted(donor.glob("*.safetensors"))}
+        assert len(self.donor) > 2
 
-    def refer(self, recipe: str) -> None:
-        """Make the reference of a recipe, if it is not there; notes its events."""
-        if recipe in self.events:
-            return
-        self.clear()
-        code, told = self.run(recipe, Stream(self.place, self.place / "events.log"))
-        if code != 0:
-            raise FaultError(f"the reference run of {recipe} failed: {told}")
-        self.events[recipe] = self.logged()
-        shutil.copytree(self.out, self.place / f"reference-{recipe}")
+    def refer(self, recipe: str) -> list[Event]:
+        """Events of a recipe's reference run on as many ranks, which is made if it is not there."""
+        key = (recipe, self.ranks)
+        if key not in self.known:
+            self.clear()
+            code, told = self.run(recipe, Stream(self.place, self.place / "events.log"))
+            if code != 0:
+                raise FaultError(f"the reference run of {recipe} failed: {told}")
+            self.known[key] = self.logged()
+            shutil.copytree(self.out, self.reference(recipe))
+        return self.known[key]
+
+    def reference(self, recipe: str) -> Path:
+        """The result of a run that was left alone."""
+        return self.place / f"reference-{recipe}-{self.ranks}"
 
     def clear(self) -> None:
         for name in ("out", "cache"):
@@ -113,6 +123,8 @@ class World:
         The code is minus the signal that killed it. Without ``wait``, returns the child's process id as soon
         as it is stopped.
         """
+        if self.ranks > 1:
+            return self._run_ranks(recipe, [stream] * self.ranks)
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
@@ -121,6 +133,39 @@ class World:
         if os.WIFSTOPPED(status):
             return child, "stopped"
         return os.waitstatus_to_exitcode(status), self.told()
+
+    def run_struck_rank(self, recipe: str, struck: int, stream: Stream) -> tuple[int, str]:
+        """The same on `ranks` ranks, one of which is struck: what is left of the others."""
+        streams = [Stream(self.place) for _ in range(self.ranks)]
+        streams[0] = Stream(self.place, self.place / "events.log")
+        streams[struck] = stream
+        return self._run_ranks(recipe, streams, struck)
+
+    def _run_ranks(
+        self, recipe: str, streams: Sequence[Stream], struck: int | None = None
+    ) -> tuple[int, str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        sys.stdout.flush()
+        children: list[int] = []
+        for rank, stream in enumerate(streams):
+            child = os.fork()
+            if child == 0:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.ranks), MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port, EQUIPOISE_TIMEOUT="60",
+                )  # fmt: skip
+                stream.log = stream.log if rank == 0 else None
+                self._become(recipe, stream, power=False, told=f"told-{rank}.txt")
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if struck is not None and codes[struck] != KILLED:
+            raise FaultError(f"rank {struck} ended with {codes[struck]}, expected {KILLED}")
+        left = [rank for rank in range(self.ranks) if rank != struck]
+        worst = max(left, key=lambda rank: abs(codes[rank]))
+        told = [(self.place / f"told-{rank}.txt").read_text(encoding="utf-8") for rank in left]
+        return codes[worst], "".join(told)
 
     def warm_up(self) -> None:
         """Load once what runs load on their way, and keep it out of their garbage collections."""
@@ -146,12 +191,12 @@ class World:
     def told(self) -> str:
         return (self.place / "told.txt").read_text(encoding="utf-8", errors="replace")
 
-    def _become(self, recipe: str, stream: Stream, power: bool) -> None:
+    def _become(self, recipe: str, stream: Stream, power: bool, told: str = "told.txt") -> None:
         """In the child: the command line, and nothing after it."""
         code = 99
         try:
             os.environ["EQUIPOISE_CACHE"] = str(self.place / "cache")
-            handle = os.open(self.place / "told.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            handle = os.open(self.place / told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             if power:
@@ -182,17 +227,23 @@ def run_point(world: World, point: Point, seed: int) -> Outcome:
     draw = random.Random(f"{point.name} {seed}")
     recipe, event, kept = "", "", 0
     since = time.perf_counter()
+    world.ranks = point.ranks
     try:
         recipe, nth, event = _draw_moment(world, point, draw)
         world.clear()
         stream = Stream(world.place, world.place / "events.log")
         stream.aim(point.at, nth, point.strike(draw))
-        code, told = world.run(recipe, stream, power=point.power)
+        if point.ranks > 1:
+            code, told = world.run_struck_rank(recipe, draw.randrange(point.ranks), stream)
+        else:
+            code, told = world.run(recipe, stream, power=point.power)
         _check_end(world, point, code, told)
         _check_kept(world, point)
         if point.tamper is not None:
             point.tamper(world.out, draw)
         kept = _check_passed_over(world, point)
+        if point.donor is not None:
+            _refused(world, recipe, point.donor, draw)
         if point.again:
             again = Stream(world.place, world.place / "again.log")
             again.aim(lambda e: True, draw.randrange(150), killed)
@@ -206,13 +257,27 @@ def run_point(world: World, point: Point, seed: int) -> Outcome:
     return Outcome(point.name, seed, recipe, event, kept, wrong, round(time.perf_counter() - since, 2))
 
 
+def _refused(world: World, recipe: str, change: Callable[[Path, random.Random], None], draw: Any) -> None:
+    """With a shard of its donor changed the run does not go on, says why, and loses nothing."""
+    shard = draw.choice(list(world.donor))
+    kept = _kept_steps(world)
+    change(shard, draw)
+    try:
+        code, told = world.run(recipe, Stream(world.place))
+    finally:
+        shard.write_bytes(world.donor[shard])
+    if code != 1 or shard.name not in told or "Traceback" in told or "not foreseen" in told:
+        raise FaultError(f"with {shard.name} of the donor damaged, it ended with {code}: {told[-300:]!r}")
+    if _kept_steps(world) != kept:
+        raise FaultError(f"with {shard.name} of the donor damaged, steps were lost")
+
+
 def _draw_moment(world: World, point: Point, draw: random.Random) -> tuple[str, int, str]:
     """(recipe, which of its matching events, that event's text)."""
     recipes = sorted(RECIPES)
     draw.shuffle(recipes)
     for recipe in recipes:
-        world.refer(recipe)
-        found = [e for e in world.events[recipe] if point.at(e)]
+        found = [e for e in world.refer(recipe) if point.at(e)]
         if point.name == "damaged: best checkpoint" and recipe != "chosen":
             continue
         if point.name.endswith("finished stage") and recipe == "lora":
@@ -294,12 +359,12 @@ def _resume(world: World, recipe: str, kept: int) -> None:
         (world.out / LOCK).unlink(missing_ok=True)
     elif code != 0:
         raise FaultError(f"resumed, it ended with {code}: {told[-500:]!r}")
-    total = sum(e.what == "optimised" for e in world.events[recipe])
+    total = sum(e.what == "optimised" for e in world.refer(recipe))
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     taken = Counter(line.split()[0] for line in text.splitlines())["optimised"]
     if taken != max(0, total - kept):
         raise FaultError(f"{min(kept, total)} of {total} steps were kept, but {taken} were taken again")
-    compare(world.place / f"reference-{recipe}", world.out)
+    compare(world.reference(recipe), world.out)
 
 
 def compare(reference: Path, found: Path) -> None:

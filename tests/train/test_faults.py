@@ -41,8 +41,11 @@ def test_files_are_told_by_their_role(tmp_path: Path) -> None:
     assert World.__doc__
 
 
-ONLY = ["checkpoint: in place", "power lost: around a", "loss is NaN", "damaged: n"]
-"""Parts of names: two points killed, one without power, one diverged, two damaged."""
+ONLY = [
+    "checkpoint: in place", "power lost: around a", "loss is NaN", "damaged: n", "a rank dies",
+    "donor: a shard",
+]  # fmt: skip
+"""Parts of names: killed, without power, diverged, damaged, one of two ranks, the donor."""
 
 
 @pytest.mark.slow
