@@ -1,7 +1,8 @@
 """Count what one rank holds and sends under FSDP2 as ranks grow, and hold two of the points to processes.
 
-    python tools/rank_curves.py            count, measure, draw
-    python tools/rank_curves.py --draw     draw docs/results/rank-curves.json again
+    python tools/rank_curves.py                     count, measure, draw
+    python tools/rank_curves.py --only measured     or counted: the other part stays as it was
+    python tools/rank_curves.py --only none         draw docs/results/rank-curves.json again
 
 Counted are the shapes of Llama 3.1, by `equipoise.planning`, for an H100 that is not here. Measured is the
 memory of one and two gloo ranks that convert a small donor, beside what is counted for them; nothing is
@@ -123,7 +124,7 @@ def watched(command: list[str], surroundings: dict[str, str]) -> dict[str, int]:
                     peaks[rank] = max(peaks.get(rank, 0), found[0])
             time.sleep(0.05)
     if launcher.returncode:
-        raise SystemExit(launcher.returncode)
+        raise SystemExit(f"{' '.join(command)} ended with {launcher.returncode}")
     return peaks
 
 
@@ -150,13 +151,17 @@ def draw(points: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    """Count and measure unless only drawing was asked for, then draw."""
+    """Do the parts that were asked for, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--draw", action="store_true", help="draw from the results that are there")
-    if not parser.parse_args().draw:
-        results = {"counted": count(), "measured": [measure(ranks) for ranks in (1, 2)]}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(results["measured"]))
+    parser.add_argument("--only", choices=("counted", "measured", "none"))
+    only = parser.parse_args().only
+    parts = {"counted": count, "measured": lambda: [measure(ranks) for ranks in (1, 2)]}
+    for name, part in parts.items():
+        if only in (None, name):
+            results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+            results[name] = part()
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(results[name]), flush=True)
     points = json.loads(RESULTS.read_text(encoding="utf-8"))["counted"]
     FIGURE.write_text(as_svg(draw(points), salt="scale-ranks") + "\n", encoding="utf-8", newline="\n")
     print(FIGURE)
