@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.audit.report import AuditReport, ControlSetting, Donor, Layers, Metric, RunFacts, audit_run
+from equipoise.audit.report import (
+    AuditReport,
+    ControlSetting,
+    Donor,
+    Guards,
+    Layers,
+    Metric,
+    RunFacts,
+    audit_run,
+)
 from equipoise.statistics import Estimate, ScoreTable
 
 DONOR, NONE = 3.0, 6.0
@@ -39,8 +48,9 @@ def facts() -> RunFacts:
     """Four layers, one of them local."""
     layers = Layers(converted=(0, 1, 3), local=(2,), softmax=())
     return RunFacts(
-        state_bytes=1_572_864, reach=252, train_tokens=1_000_000, train_seconds=62.5, layers=layers
-    )
+        state_bytes=1_572_864, reach=252, train_tokens=1_000_000, train_seconds=62.5, layers=layers,
+        guards=Guards(windows=4, features=0, denominators=3, state=0.0005, layers=(1,)),
+    )  # fmt: skip
 
 
 def make_report(patterns: dict[str, tuple[float, ...]] = PATTERNS) -> AuditReport:

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from equipoise.audit.attribution import UNTRAINED
-from equipoise.audit.evaluate import CONTROL_SINKS, STATES, RunNote, audit_model, score_documents
+from equipoise.audit.evaluate import (
+    CONTROL_SINKS,
+    GUARDED,
+    STATES,
+    RunNote,
+    audit_model,
+    guard_counts,
+    score_documents,
+)
 from equipoise.audit.report import CONTROL, AuditReport, Donor, Metric, to_dict, validate_audit
 from equipoise.config import HybridConfig
 from equipoise.data.packing import EvaluationWindow
@@ -51,6 +59,44 @@ def windows(*lengths: int, documents: list[int] | None = None, unlabelled: int =
 def score(model: nn.Module, texts: list[EvaluationWindow], **options: Any) -> Any:
     options = {"beyond": None, "batch_size": 3, "tick": lambda: None, **options}
     return score_documents(model, texts, **options)
+
+
+class TestGuards:
+    def test_a_healthy_model_has_nothing_to_tell(self) -> None:
+        found = guard_counts(hybrid(), windows(20, 9))
+        assert found is not None
+        assert (found.windows, found.features, found.denominators, found.layers) == (2, 0, 0, ())
+        assert found.state < 1e-6
+
+    def test_counts_of_the_first_windows_by_layer(self) -> None:
+        model = hybrid(feature_map="relu")
+        broken = mixers_of(model)[1]
+        assert broken.phi_q is not None
+        with torch.no_grad():
+            for parameter in broken.phi_q.parameters():
+                parameter.zero_()  # no query has a feature that is not 0
+        texts = windows(*range(5, 5 + GUARDED + 2))
+        found = guard_counts(model, texts)
+        assert found is not None
+        tokens = sum(len(text.input_ids) for text in texts[:GUARDED])
+        own = guard_counts(hybrid(feature_map="relu"), texts)
+        assert own is not None
+        assert found.windows == GUARDED
+        assert found.denominators >= broken.heads * tokens > own.denominators
+        assert 1 in found.layers
+
+    def test_features_that_overflow(self) -> None:
+        model = hybrid(feature_map="exp")
+        first, second = mixers_of(model)
+        assert first.phi_k is not None
+        first.phi_k.register_forward_hook(lambda module, given, out: out * torch.inf)
+        found = guard_counts(model, windows(12))
+        assert found is not None
+        assert found.features > 0
+        assert 0 in found.layers
+
+    def test_windows_alone_have_none(self) -> None:
+        assert guard_counts(hybrid(feature_map=None), windows(9)) is None
 
 
 class TestScores:

@@ -52,6 +52,20 @@ def test_json_round_trips_and_validates(report: AuditReport) -> None:
     assert audit["donor"]["revision"] is None
 
 
+def test_guards_are_in_the_report(report: AuditReport, tmp_path: Path) -> None:
+    audit = to_dict(report)
+    assert audit["runs"][0]["guards"] == {
+        "windows": 4, "features": 0, "denominators": 3, "state": 0.0005, "layers": [1],
+    }  # fmt: skip
+    write_audit(report, tmp_path)
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert "over 4 windows: 0 features past the dtype, 3 vanishing denominators, 0.05% of" in page
+    audit["runs"][0]["guards"] = None
+    validate_audit(audit)
+    del audit["runs"][0]["guards"]  # audits from before have none
+    validate_audit(audit)
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from equipoise.audit.report import (
     CONTROL,
     REFERENCE,
     ControlSetting,
+    Guards,
     Layers,
     RunAudit,
     RunFacts,
@@ -27,10 +28,11 @@ from equipoise.audit.report import (
 )
 from equipoise.data.packing import IGNORED_LABEL, EvaluationBatch, EvaluationWindow, evaluation_batches
 from equipoise.distributed import spread
+from equipoise.layers.guards import STATE_LIMIT, NumericalGuard, add_sums
 from equipoise.layers.interface import mixers_of
-from equipoise.layers.mixer import AttentionMode
+from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import adapters_disabled, has_adapters
-from equipoise.models.branches import branches, converted_mixers
+from equipoise.models.branches import branches, converted_mixers, observe
 from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
 from equipoise.models.storage import CheckpointError
 from equipoise.ops.types import Reading
@@ -48,6 +50,8 @@ STATES: Mapping[str, tuple[str, Reading]] = {
 }
 """The audit's columns: branch state and reading of each."""
 CONTROL_SINKS = 4
+GUARDED = 4
+"""Windows that are looked at for numbers near their ends: each takes about a forward pass more."""
 RUN = "run.json"
 
 Floats = NDArray[np.float64]
@@ -234,7 +238,7 @@ def audit_model(
     table = ScoreTable.from_nll({name: s.nll for name, s in scores.items()}, scores["both"].tokens)
     audit = audit_run(
         table, recipe=note.recipe, seed=note.seed, has_window=config.window is not None,
-        has_linear=config.feature_map is not None, facts=_facts(model, note), control=setting,
+        has_linear=config.feature_map is not None, facts=_facts(model, note, windows), control=setting,
         benefit_difference=benefit, benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
         references={reference.name: reference.train_tokens for reference in references},
     )  # fmt: skip
@@ -255,12 +259,39 @@ def untrained_maps(model: nn.Module, seed: int) -> Generator[None]:
                 parameter.copy_(values)
 
 
-def _facts(model: PreTrainedModel, note: RunNote) -> RunFacts:
+@torch.no_grad()
+def guard_counts(model: nn.Module, windows: Sequence[EvaluationWindow]) -> Guards | None:
+    """Count numbers near their ends over a few windows, both branches on; None without a linear branch."""
+    device, decoder = next(model.parameters()).device, cast("Any", model)
+    sums: dict[str, float] = {}
+    odd: set[int] = set()
+    limits = {"features": 0.0, "denominators": 0.0, "state": STATE_LIMIT}
+
+    def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        guard = NumericalGuard()
+        guard(mixer, inputs)
+        add_sums(sums, guard.sums)
+        odd.update(i for i, counts in guard.layers.items() if any(counts[n] > limits[n] for n in limits))
+
+    with branches(model, "both"), observe(model, observer):
+        for window in windows[:GUARDED]:
+            decoder.get_decoder()(input_ids=window.input_ids[None].to(device), use_cache=False)
+    if "mass" not in sums:
+        return None
+    return Guards(
+        windows=len(windows[:GUARDED]), features=round(sums["features"]),
+        denominators=round(sums["denominators"]), layers=tuple(sorted(odd)),
+        state=sums["lost"] / sums["mass"] if sums["mass"] > 0 else 0.0,
+    )  # fmt: skip
+
+
+def _facts(model: PreTrainedModel, note: RunNote, windows: Sequence[EvaluationWindow]) -> RunFacts:
     layers = report_layers(model)
     return RunFacts(
         state_bytes=state_bytes(model), reach=reach(model), train_tokens=note.train_tokens,
         train_seconds=note.train_seconds,
         layers=Layers(converted=layers.converted, local=layers.local, softmax=layers.softmax),
+        guards=guard_counts(model, windows),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from equipoise.pages import (
 from equipoise.statistics import Estimate
 
 if TYPE_CHECKING:
-    from equipoise.audit.report import AuditReport, RunAudit
+    from equipoise.audit.report import AuditReport, Guards, RunAudit
 
 STATES: Mapping[str, tuple[str, str]] = {
     "both": ("both branches", ""),
@@ -157,7 +157,19 @@ def _costs(run: RunAudit) -> str:
     layers = ", ".join(f"{len(numbers)} {kind}" for kind, numbers in kinds)
     return (
         f"Decode state {bytes_in_words(facts.state_bytes)} per sequence; reach {reach}; layers: {layers}; "
-        f"training: {cost}."
+        f"training: {cost}.{_guards(facts.guards)}"
+    )
+
+
+def _guards(guards: Guards | None) -> str:
+    """What the numerical guards counted, in a sentence."""
+    if guards is None:
+        return ""
+    where = "" if not guards.layers else f", in layers {', '.join(map(str, guards.layers))}"
+    return (
+        f" Numerical guards over {guards.windows} windows: {guards.features:,} features past the dtype, "
+        f"{guards.denominators:,} vanishing denominators, {guards.state:.2%} of the last keys' mass lost to "
+        f"rounding{where}."
     )
 
 

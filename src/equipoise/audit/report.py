@@ -40,6 +40,7 @@ __all__ = [
     "Control",
     "ControlSetting",
     "Donor",
+    "Guards",
     "Layers",
     "Metric",
     "RunAudit",
@@ -170,6 +171,25 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Guards:
+    """Counts of `equipoise.layers.guards` over some of the windows, both branches on; all should be 0.
+
+    Attributes:
+        windows: how many were looked at.
+        features: past the largest number of the model's dtype, or no numbers.
+        denominators: of queries for which linear attention's denominator vanishes.
+        state: share of the last keys' mass that is rounded away.
+        layers: the layers in which one of the three is out of bounds.
+    """
+
+    windows: int
+    features: int
+    denominators: int
+    state: float
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
     """What is known about a run without scoring it.
 
@@ -179,6 +199,7 @@ class RunFacts:
         reach: tokens that stacked windows can relay information over; None where it is unlimited.
         train_tokens, train_seconds: what the conversion cost.
         layers: which layers were converted.
+        guards: numbers near their ends; None where there is no linear branch, or nothing was counted.
     """
 
     state_bytes: int
@@ -186,6 +207,7 @@ class RunFacts:
     train_tokens: int
     train_seconds: float
     layers: Layers
+    guards: Guards | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from equipoise.audit.schema import Json
 from equipoise.statistics import Estimate
 
 if TYPE_CHECKING:
-    from equipoise.audit.report import Control, Reference, RunAudit
+    from equipoise.audit.report import Control, Guards, Reference, RunAudit
 
 
 def run_dict(run: RunAudit) -> Json:
@@ -38,8 +38,13 @@ def run_dict(run: RunAudit) -> Json:
         "train_tokens": run.facts.train_tokens,
         "train_seconds": run.facts.train_seconds,
         "layers": {kind: list(layers) for kind, layers in plain(run.facts.layers).items()},
+        "guards": None if run.facts.guards is None else _guards_dict(run.facts.guards),
         **({} if run.scores is None else {"documents": document_sums(run.scores)}),
     }
+
+
+def _guards_dict(guards: Guards) -> Json:
+    return {**plain(guards), "layers": list(guards.layers)}
 
 
 def _control_dict(control: Control, name: str) -> Json:
