@@ -102,6 +102,9 @@ class AllocationConfig(Settings):
     hybrid.window says, where null."""
     linear_share: float = Field(default=0.25, gt=0, lt=1)
     """Largest share of them for linear branches."""
+    linear_credit: float = Field(default=0.0, ge=0, le=1)
+    """What windows may leave to the linear branches: the share of full softmax that heads with one are taken
+    to have while windows are measured. 0 gives windows that would be right without any."""
     least_importance: float = Field(default=0.1, ge=0, le=1)
     """A head gets a linear branch where full attention in it restores at least this share of what it restores
     in the head that needs it most."""

@@ -61,6 +61,7 @@ ELSEWHERE = {
     "docs/recall.md": "tests/cli/test_recall.py",
     "docs/scale.md": "tests/planning/test_memory.py",
     "docs/sweeps.md": "tests/cli/test_sweep.py",
+    "docs/research/02-equal-bytes.md": "tests/test_frontier.py",
 }
 """Pages whose snippets, or whose verbs at least, run in tests of their own."""
 
@@ -190,6 +191,8 @@ def shortened(words: list[str]) -> list[str]:
         settings = ("batch_size",) if given else ("batch_size", "max_steps")
         stages = ((stage, setting) for stage in ("transfer", "finetune") for setting in settings)
         short += [part for stage, setting in stages for part in ("--set", f"{stage}.{setting}=1")]
+    if words[0] in ("allocate", "convert") and "--recipe" not in words:
+        short += ["--set", "allocation.rows=1", "--set", "data.context_length=128"]
     if "--max-new-tokens" in short:
         short[short.index("--max-new-tokens") + 1] = "8"
     return short

@@ -85,9 +85,9 @@ def from_dict(values: dict[str, Any]) -> Allocation:
 def described(allocation: Allocation) -> list[str]:
     """What was chosen, for people."""
     lines = [
-        f"allocation: {allocation.state_bytes:,} of {allocation.budget:,} bytes; untrained, with full "
-        f"softmax in the linear heads: {allocation.divergence['shared']:.4f} nats/token from the donor, "
-        f"windows shared evenly {allocation.divergence['even']:.4f}"
+        f"allocation: {allocation.state_bytes:,} of {allocation.budget:,} bytes; these windows alone, "
+        f"untrained: {allocation.divergence['shared']:.4f} nats/token from the donor, in even parts "
+        f"{allocation.divergence['even']:.4f}"
     ]
     for index, window, heads in zip(
         allocation.layers, allocation.windows, allocation.linear_heads, strict=True

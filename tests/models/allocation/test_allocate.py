@@ -59,9 +59,14 @@ class TestMeasuring:
 
     def test_heads_kept_whole(self, measured: DonorDivergence) -> None:
         every = [range(4), range(4)]
-        assert measured.windowed([2, 2], sinks=0, whole=every) == pytest.approx(0, abs=1e-12)
-        one = measured.windowed([2, 2], sinks=0, whole=[[1], []])
-        assert one != pytest.approx(measured.windowed([2, 2], sinks=0), rel=1e-6)
+        assert measured.windowed([2, 2], sinks=0, heads=every) == pytest.approx(0, abs=1e-12)
+        none, whole = measured.windowed([2, 2], sinks=0), measured.windowed([2, 2], sinks=0, heads=[[1], []])
+        assert whole != pytest.approx(none, rel=1e-6)
+        for share, expected in ((0.0, none), (1.0, whole)):
+            found = measured.windowed([2, 2], sinks=0, heads=[[1], []], softmax_share=share)
+            assert found == pytest.approx(expected)
+        half = measured.windowed([2, 2], sinks=0, heads=[[1], []], softmax_share=0.5)
+        assert half not in (pytest.approx(none, rel=1e-6), pytest.approx(whole, rel=1e-6))
 
     def test_importance_adds_up_to_what_windows_lose(self, rows: dict[str, Tensor]) -> None:
         model = hybridize(donor(2.0), HybridConfig(window=4, feature_map=None), check=False)
@@ -131,11 +136,13 @@ class TestAllocate:
         assert found.linear_heads[0] == []
         assert found.divergence["shared"] < found.divergence["even"]
 
-    def test_never_worse_than_shared_evenly(self, rows: dict[str, Tensor]) -> None:
-        found = allocate(donor(), rows, HYBRID, SETTINGS)
+    @pytest.mark.parametrize("credit", [0.0, 0.7])
+    def test_never_worse_than_shared_evenly(self, credit: float, rows: dict[str, Tensor]) -> None:
+        settings = SETTINGS.model_copy(update={"linear_credit": credit})
+        found = allocate(donor(), rows, HYBRID, settings)
         model = hybridize(donor(), HybridConfig(window=4, feature_map=None), check=False)
         own = DonorDivergence(model, rows, batch_size=4).windowed(
-            found.windows, sinks=2, whole=found.linear_heads
+            found.windows, sinks=2, heads=found.linear_heads, softmax_share=credit
         )
         assert own == pytest.approx(min(found.divergence.values()))
         assert own <= found.divergence["even"]

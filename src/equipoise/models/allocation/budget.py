@@ -32,8 +32,8 @@ class Allocation:
         windows, linear_heads: what each was given.
         importance: nats per token that full softmax restores in each head [layers][heads].
         curves: divergence from the donor by window of one layer alone, in nats per token.
-        divergence: from the donor, in nats per token, of untrained windows in the chosen shape and evenly
-            shared, with full softmax where the linear branches will be.
+        divergence: from the donor, in nats per token, of untrained windows ``shared`` by the curves and in
+            ``even`` parts; heads that get a linear branch with ``linear_credit`` of full softmax.
     """
 
     hybrid: HybridConfig
@@ -62,7 +62,8 @@ def allocate(
     the way says what each head restores (`DonorDivergence.head_importance`). The most important ones get a
     linear branch, as many as ``linear_share`` of the bytes pay for. What is left buys windows: each layer's
     loss by window is measured with all other layers in full, and tokens go where those curves fall most.
-    Layers are not independent, so the result is measured against the same bytes shared evenly, and the better
+    Heads with a linear branch count there as if it gave ``linear_credit`` of what full softmax would. Layers
+    are not independent, so the result is measured against the same bytes shared evenly, and the better
     of the two is taken.
 
     Args:
@@ -127,7 +128,7 @@ def _allocate(
         )
     sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget, costs)
     most = max(1, min(int(settings.linear_share * budget), budget - floor) // costs.head)
-    measured = _Measured(model, inputs, hybrid.sinks, batch_size, seen)
+    measured = _Measured(model, inputs, hybrid.sinks, settings.linear_credit, batch_size, seen)
     measured.expect(2 * STEPS + len(mixers) * len(sizes) + 2)
 
     base = [_tokens_left(budget, 0, costs, len(mixers)) // len(mixers)] * len(mixers)
@@ -186,10 +187,11 @@ class _Measured:
         model: Any,
         inputs: Mapping[str, Tensor],
         sinks: int,
+        credit: float,
         batch_size: int,
         seen: Callable[[int, int], None],
     ) -> None:
-        self.done, self.total, self.seen, self.sinks = 0, 0, seen, sinks
+        self.done, self.total, self.seen, self.sinks, self.credit = 0, 0, seen, sinks, credit
         self.donor = DonorDivergence(model, inputs, batch_size=batch_size, tick=self._tick)
         self.layers = len(self.donor.mixers)
 
@@ -210,12 +212,15 @@ class _Measured:
         def loss(window: int) -> float:
             windows: list[int | None] = [None] * self.layers
             windows[layer] = window
-            return self.donor.windowed(windows, sinks=self.sinks, whole=heads)
+            return self._windowed(windows, heads)
 
         return {window: loss(window) for window in sizes}
 
     def windows(self, windows: Sequence[int], heads: Sequence[Sequence[int]]) -> float:
-        return self.donor.windowed(windows, sinks=self.sinks, whole=heads)
+        return self._windowed(windows, heads)
+
+    def _windowed(self, windows: Sequence[int | None], heads: Sequence[Sequence[int]]) -> float:
+        return self.donor.windowed(windows, sinks=self.sinks, heads=heads, softmax_share=self.credit)
 
 
 def _settings(

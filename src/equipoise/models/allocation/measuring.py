@@ -57,23 +57,29 @@ class DonorDivergence:
         return len(self.parts)
 
     def windowed(
-        self, windows: Sequence[int | None], *, sinks: int, whole: Sequence[Sequence[int]] | None = None
+        self,
+        windows: Sequence[int | None],
+        *,
+        sinks: int,
+        heads: Sequence[Sequence[int]] | None = None,
+        softmax_share: float = 1.0,
     ) -> float:
         """With windows and sinks in the layers, softmax where None; untrained.
 
         Args:
             windows: by converted layer, in tokens.
             sinks: tokens that join every window.
-            whole: heads by layer that keep full softmax all the same.
+            heads: by layer, those that keep a share of full softmax all the same.
+            softmax_share: which share.
         """
         modes: list[AttentionMode] = []
         for place, (mixer, window) in enumerate(zip(self.mixers, windows, strict=True)):
-            kept = () if whole is None else whole[place]
+            kept = () if heads is None or softmax_share == 0 else heads[place]
             if window is None:
                 modes.append(SOFTMAX)
             elif kept:
                 weight = torch.zeros(mixer.heads, device=self.model.device)
-                weight[list(kept)] = 1.0
+                weight[list(kept)] = softmax_share
                 modes.append(AttentionMode("blend", window=window, sinks=sinks, softmax_weight=weight))
             else:
                 modes.append(AttentionMode("swa", window=window, sinks=sinks))

@@ -1,0 +1,361 @@
+"""Hybrids and their rivals at equal bytes and equal training tokens: docs/research/02-equal-bytes.md.
+
+    python tools/frontier.py run equipoise --seed 0      # one run; appends to docs/results/frontier.jsonl
+    python tools/frontier.py report                      # the table of all that were run
+    python tools/frontier.py fingerprint                 # of the texts of each split
+
+The donor is the recall demo's. Answers are read off by teacher forcing: the likeliest token where a value
+stands that was shown before. A text is one unit: scores are kept text by text, for intervals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
+from equipoise.data.layouts import to_dataset
+from equipoise.evaluate.recall_text import Haystack
+from equipoise.layers.mixer import AttentionMode
+from equipoise.models.allocation.choosing import share_windows
+from equipoise.models.allocation.measuring import DonorDivergence
+from equipoise.models.branches import converted_mixers
+from equipoise.ops.eviction import Eviction
+from equipoise.recall_donor import (
+    CONTEXT,
+    PairText,
+    RecallDonorSettings,
+    loss_weights,
+    pair_text,
+    recall_donor,
+    write_documents,
+)
+from equipoise.train.convert import convert
+from equipoise.train.recipes import load_recipe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "frontier.jsonl"
+SINKS, TEXTS, SETTLED = 4, 48, 64
+"""Sinks of every window; texts that are scored; tokens at a text's start whose likelihood does not count."""
+STEPS, ROWS = 800, 4
+"""Optimiser steps of all stages together, and rows of 512 tokens in each."""
+LAYERS, HEADS, HEAD_DIM = 4, 4, 32
+SEEDS = {"search": 99, "test": 2026}
+"""Of the texts that are scored. Those of `test` are of files that neither training nor search has seen."""
+SCALE: Mapping[str, Any] = {
+    "transfer": {"learning_rate": 3e-2, "batch_size": ROWS},
+    "finetune": {"learning_rate": 5e-4, "batch_size": ROWS, "map_learning_rate": 1e-2},
+}
+"""What this donor's size asks for, the same for every run that trains."""
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "equipoise": {},
+    "hedgehog-map": {"hybrid": {"feature_map": "hedgehog"}},
+    "fixed-gate": {"hybrid": {"gate": "fixed"}},
+    "no-write-gate": {"hybrid": {"write_gate": "none"}},
+    "competing": {"hybrid": {"mixing": "competing", "gate_value": 0.9997}},
+    "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
+    "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
+    "maps-frozen": {"finetune": {"train_maps": False}},
+    "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
+}
+"""`equipoise`, and the same without one ingredient or with another."""
+
+
+def texts_of(donor: Path, split: str) -> PairText:
+    """Texts of one split: `train`; `search`, the demo's validation files; `test`, Python's own test suite."""
+    if split != "test":
+        return pair_text(donor, split={"search": "validation"}.get(split, split), seed=SEEDS.get(split, 0))
+    texts = pair_text(donor, split="validation", seed=SEEDS[split])
+    root = Path(sysconfig.get_path("stdlib")) / "test"
+    files = [path for path in sorted(root.glob("test_*.py")) if path.stat().st_size < 100_000]
+    if not files:
+        raise typer.BadParameter(f"{root} has no tests: this Python came without its test suite.")
+    chosen = [path for path in files if int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % 5 == 0]
+    documents = to_dataset(
+        ({"text": path.read_text(encoding="utf-8", errors="ignore")} for path in chosen), "text"
+    )
+    texts.haystack = Haystack.of(documents["text"], texts.tokenizer, len(texts.tokenizer))
+    return texts
+
+
+def rows_of(texts: PairText, count: int, first: int = 0) -> NDArray[np.int64]:
+    """Texts with pairs [count, 512]."""
+    return np.stack([texts.pairs(first + index) for index in range(count)])
+
+
+def asked(row: NDArray[np.int64], words: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(position of a value shown before, distance to where its key was shown last)."""
+    seen: dict[int, int] = {}
+    found: list[tuple[int, int]] = []
+    for place in np.flatnonzero(np.isin(row, words)):
+        key = int(row[place - 1])
+        if key in seen:
+            found.append((int(place), int(place) - seen[key]))
+        seen[key] = int(place)
+    return found
+
+
+@torch.no_grad()
+def scored(model: PreTrainedModel, texts: PairText, state: AbstractContextManager[None]) -> dict[str, Any]:
+    """Likelihood of text (nats per token, by text) and answers (distance, right; by text)."""
+    rows, nll, answers = rows_of(texts, TEXTS), list[float](), list[list[tuple[int, int]]]()
+    with state:
+        for start in range(0, TEXTS, 8):
+            batch = torch.from_numpy(rows[start : start + 8])
+            logits = model(input_ids=batch, use_cache=False).logits.log_softmax(-1)
+            for row, own in zip(rows[start : start + 8], logits, strict=True):
+                text = loss_weights(row, texts.words, 0.0) > 0
+                text[:SETTLED] = False
+                text[np.flatnonzero(np.isin(row, texts.words)) - 1] = False  # keys are no text either
+                places = np.flatnonzero(text)
+                nll.append(-float(own[places - 1, torch.from_numpy(row[places])].mean()))
+                answers.append(
+                    [(far, int(int(own[at - 1].argmax()) == row[at])) for at, far in asked(row, texts.words)]
+                )
+    return {"nll": nll, "answers": answers}
+
+
+def even(tokens: int) -> HybridConfig:
+    """Windows and sinks, the same in every layer."""
+    return HybridConfig(window=tokens - SINKS, sinks=SINKS, feature_map=None)
+
+
+def moved(donor: Path, tokens: int) -> HybridConfig:
+    """The same bytes moved between layers: shared by curves, then by trying every move of a few tokens."""
+    model: Any = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), even(tokens), check=False)
+    layers = len(converted_mixers(model))
+    rows = rows_of(pair_text(donor, split="train", seed=1), 16)
+    measure = DonorDivergence(model, {"input_ids": torch.from_numpy(rows)}, batch_size=8)
+    sizes = (4, 8, 16, 24, 32, 48, 64, 96, 128)
+    curves = [
+        {
+            size: measure.windowed([size if at == layer else None for at in range(layers)], sinks=SINKS)
+            for size in sizes
+        }
+        for layer in range(layers)
+    ]
+    total = layers * (tokens - SINKS)
+    best = min(
+        share_windows(curves, total),
+        [total // layers] * layers,
+        key=lambda w: measure.windowed(w, sinks=SINKS),
+    )
+    least = measure.windowed(best, sinks=SINKS)
+    for step in (8, 4):
+        improved = True
+        while improved:
+            improved = False
+            for giver in range(layers):
+                for taker in range(layers):
+                    tried = list(best)
+                    tried[giver], tried[taker] = tried[giver] - step, tried[taker] + step
+                    if giver == taker or tried[giver] < 4:
+                        continue
+                    loss = measure.windowed(tried, sinks=SINKS)
+                    if loss < least - 1e-4:
+                        best, least, improved = tried, loss, True
+    return HybridConfig(
+        window=max(best),
+        sinks=SINKS,
+        feature_map=None,
+        per_layer={i: {"window": w} for i, w in enumerate(best)},
+    )
+
+
+def converted(
+    donor: Path, settings: dict[str, Any], recipe: str, seed: int, console: Console
+) -> PreTrainedModel:
+    """A conversion by the ordinary way, on texts with pairs."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "pairs.jsonl"
+        write_documents(pair_text(donor, split="train", seed=1000 + seed), data, STEPS * ROWS // 2)
+        run = load_recipe(
+            recipe, {**settings, "data": {"source": str(data), "context_length": CONTEXT}, "watch": None}
+        )
+        convert(str(donor), run, Path(folder) / "out", seed=seed, console=console)
+        return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
+
+
+def settings_of(name: str, bytes_: int) -> tuple[str, dict[str, Any]]:
+    """Recipe and settings of a run that trains both branches."""
+    half = {"transfer": {"max_steps": STEPS // 4}, "finetune": {"max_steps": STEPS - STEPS // 4}}
+    scale = {stage: {**SCALE[stage], **half[stage]} for stage in half}
+    if name in ABLATIONS:
+        own = {stage: dict(values) for stage, values in ABLATIONS[name].items()}
+        merged = {stage: {**scale[stage], **own.pop(stage, {})} for stage in scale}
+        allocation = {"state_bytes": bytes_, "linear_share": 0.25, "rows": 16}
+        return "equipoise", {
+            **merged,
+            "hybrid": {"sinks": SINKS, **own.get("hybrid", {})},
+            "allocation": allocation,
+        }
+    # published recipes: a state of D_phi = D in every head, the window takes what is left
+    left = (bytes_ - LAYERS * HEADS * HEAD_DIM * (HEAD_DIM + 1) * 4) // (LAYERS * HEADS * HEAD_DIM * 4)
+    return name, {**scale, "hybrid": {"window": max(2, left), "feature_multiple": 1}}
+
+
+def evicting(tokens: int) -> AttentionMode:
+    """Heavy hitters in the bytes of so many tokens: 4 more bytes a token held, for its score."""
+    held = int(tokens * 128 / 132)
+    return AttentionMode("evicting", eviction=Eviction(budget=held, recent=held // 2))
+
+
+def score_run(name: str, seed: int, tokens: int, split: str, console: Console) -> dict[str, Any]:
+    """One line of results."""
+    donor = recall_donor(RecallDonorSettings(), console)
+    texts = texts_of(donor, split)
+    plain: Any = AutoModelForCausalLM.from_pretrained(donor).eval()
+    bytes_ = state_bytes(hybridize(plain, even(tokens), check=False))
+    base, _, how = name.partition(":")
+    state: AbstractContextManager[None] = nullcontext()
+    if base == "donor":
+        model, state = plain, branches(plain, "softmax")
+    elif base == "heavy-hitters":
+        model, state = plain, branches(plain, evicting(tokens))
+    elif base in ("even", "moved"):
+        config = even(tokens) if base == "even" else moved(donor, tokens)
+        if how == "tuned":
+            hybrid = config.model_dump(mode="json")
+            tuned = {**SCALE["finetune"], "max_steps": STEPS, "objectives": {"distillation": 1.0}}
+            model = converted(donor, {"hybrid": hybrid, "finetune": tuned}, "swa-sinks", seed, console)
+        else:
+            model = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), config, check=False)
+    else:
+        recipe, settings = settings_of(base, bytes_)
+        model = converted(donor, settings, recipe, seed, console)
+    facts = {
+        "bytes": bytes_ if base in ("donor", "heavy-hitters") else state_bytes(model),
+        "reach": reach(model),
+    }
+    entry: dict[str, Any] = {"run": name, "seed": seed, "tokens": tokens, "split": split, **facts}
+    entry |= {"windows": [mixer.config.window for mixer in converted_mixers(model)], "steps": STEPS}
+    entry["both"] = scored(model, texts, state)
+    if any(mixer.has_both for mixer in converted_mixers(model)):
+        for branch in ("window", "linear"):
+            entry[branch] = scored(model, texts, branches(model, branch, reading="renormalised"))
+    return entry
+
+
+# ---- the command line
+
+Split = Annotated[str, typer.Option(help="search or test.")]
+
+
+@app.command()
+def run(
+    name: Annotated[
+        str, typer.Argument(help="donor, heavy-hitters, even, moved, even:tuned, …, or a recipe.")
+    ],
+    seed: int = 0,
+    tokens: Annotated[int, typer.Option(help="Budget: this many tokens of K and V a head and layer.")] = 36,
+    split: Split = "search",
+    output: Path = RESULTS,
+) -> None:
+    """Make one model, score it, and append a line to the results."""
+    entry = score_run(name, seed, tokens, split, Console(stderr=True))
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    report(output)
+
+
+@app.command()
+def report(output: Path = RESULTS) -> None:
+    """Everything that was run, as a table: means over texts, 95% bootstrap intervals over texts and seeds."""
+    entries = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault((entry["split"], entry["tokens"], entry["run"]), []).append(entry)
+    table = Table(box=None)
+    for title in (
+        "split",
+        "tokens",
+        "run",
+        "seeds",
+        "bytes",
+        "windows",
+        "NLL",
+        "recall within",
+        "beyond",
+        "window",
+        "linear",
+    ):
+        table.add_column(title, no_wrap=True)
+    for (split, tokens, name), of in sorted(groups.items()):
+        # one line for all: how far windows of this budget reach, whatever their shape
+        limit = LAYERS * (tokens - SINKS - 1)
+        cells = [interval([entry["both"]["nll"] for entry in of])]
+        cells += [recall(of, "both", (0, limit)), recall(of, "both", (limit, CONTEXT))]
+        cells += [
+            recall(of, branch, (limit, CONTEXT)) if branch in of[0] else "" for branch in ("window", "linear")
+        ]
+        windows = " ".join(map(str, of[0]["windows"])) if name != "donor" else ""
+        table.add_row(split, str(tokens), name, str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
+    Console(width=200).print(table)
+
+
+def interval(values: list[list[float]]) -> str:
+    """Mean of [seeds][texts], and its interval."""
+    whole = np.array(values)
+    generator = np.random.default_rng(0)
+    draws = [
+        whole[generator.integers(0, len(whole), len(whole))][
+            :, generator.integers(0, whole.shape[1], whole.shape[1])
+        ].mean()
+        for _ in range(2000)
+    ]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{whole.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def recall(entries: list[dict[str, Any]], state: str, span: tuple[int, int]) -> str:
+    """Share of answers that are right at these distances, and its interval over texts and seeds."""
+    counts = np.array(
+        [
+            [
+                [
+                    sum(right for far, right in text if span[0] < far <= span[1]),
+                    sum(span[0] < far <= span[1] for far, _ in text),
+                ]
+                for text in entry[state]["answers"]
+            ]
+            for entry in entries
+        ],
+        dtype=np.float64,
+    )  # [seeds, texts, (right, asked)]
+    generator = np.random.default_rng(0)
+    draws: list[float] = []
+    for _ in range(2000):
+        seeds, texts = (generator.integers(0, n, n) for n in counts.shape[:2])
+        right, all_ = counts[seeds][:, texts].sum((0, 1))
+        draws.append(float(right / max(1, all_)))
+    right, all_ = counts.sum((0, 1))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{right / max(1, all_):.3f} [{low:.3f}, {high:.3f}]"
+
+
+@app.command()
+def fingerprint() -> None:
+    """SHA-256 of the scored texts of each split: what was frozen before the search."""
+    donor = recall_donor(RecallDonorSettings(), Console(stderr=True))
+    for split in ("search", "test"):
+        rows = rows_of(texts_of(donor, split), TEXTS)
+        sys.stdout.write(f"{split} {hashlib.sha256(rows.tobytes()).hexdigest()}\n")
+
+
+if __name__ == "__main__":
+    app()
