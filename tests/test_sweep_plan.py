@@ -144,6 +144,29 @@ class TestPlan:
             assert row["published"] == published.values.get(row["name"])
             assert row["published"] is None or f"| {row['published']} (" in page
 
+    def test_the_page_on_collapse(self, tmp_path: Path) -> None:
+        """Its table is that of the committed results, and the sweep written out on it is one."""
+        docs = Path(__file__).parents[1] / "docs"
+        page = (docs / "research" / "01-is-collapse-universal.md").read_text(encoding="utf-8")
+        result = json.loads((docs / "results" / "collapse.json").read_text(encoding="utf-8"))
+        ran = {(row["name"], seed) for row in result["rows"] for seed in row["seeds"]}
+        assert ran == {(cell.row, cell.seed) for cell in plan(load_sweep("collapse"), scale="demo")}
+        for row in result["rows"]:
+            alone, share = (row["values"][name] for name in ("linear_alone", "linear_share"))
+            line = next(line for line in page.splitlines() if line.startswith(f"| {row['name']} |"))
+            for value in (alone, share):
+                low, high = (f"{100 * bound:.1f}".replace("-", "−") for bound in value["ci95"])
+                assert f"| {value['value']:.1%} [{low}, {high}] |".replace("| -", "| −") in line
+            assert f"| {row['values']['nll']['value']:.3f} |" in line
+            assert all(f"{use} {count}/3" in line for use, count in row["use"].items())
+        (tmp_path / "mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+        second = json.loads((docs / "results" / "collapse-taylor-convex.json").read_text(encoding="utf-8"))
+        cells = plan(load_sweep(str(tmp_path / "mine.yaml")), scale="demo")
+        assert [(cell.row, cell.seed) for cell in cells] == [
+            (second["rows"][0]["name"], seed) for seed in range(3)
+        ]
+        assert f"alone {second['rows'][0]['values']['linear_alone']['value']:.1%} [28.1, 40.6]" in page
+
     def test_the_ranking_of_feature_maps_is_the_published_one(self) -> None:
         place = Path(__file__).parents[1] / "docs" / "results" / "activation.json"
         rows = json.loads(place.read_text(encoding="utf-8"))["rows"]

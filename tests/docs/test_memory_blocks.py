@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -78,3 +79,15 @@ def test_the_oracle_with_blocks_of_one_token_is_softmax(tool: ModuleType, qkv: A
     for features in (0, 6):
         reader = tool.Reader(tool.Memory(LENGTH, features), HEADS, DIM, 0).double()
         torch.testing.assert_close(reader(q, k, v, SEEN, shares=weights), weights @ v)
+
+
+def test_the_page_has_the_results() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "research" / "04-memory-blocks.md").read_text(encoding="utf-8")
+    rows = json.loads((docs / "results" / "memory-blocks.json").read_text(encoding="utf-8"))
+    kinds = {(row["size"], row["memory"], row["numbers"]) for row in rows}
+    assert len(rows) == 3 * len(kinds) == 39
+    for size, name, numbers in kinds:
+        errors = [sum(row["error"]) / 16 for row in rows if (row["size"], row["memory"]) == (size, name)]
+        name = name if not name.startswith("F") else f"one state, {name}"
+        assert f"| {name} | {numbers:,} | {sum(errors) / 3:.3f} [" in page

@@ -61,6 +61,7 @@ ELSEWHERE = {
     "docs/recall.md": "tests/cli/test_recall.py",
     "docs/scale.md": "tests/planning/test_memory.py",
     "docs/sweeps.md": "tests/cli/test_sweep.py",
+    "docs/research/01-is-collapse-universal.md": "tests/test_sweep_plan.py",
     "docs/research/02-equal-bytes.md": "tests/test_frontier.py",
 }
 """Pages whose snippets, or whose verbs at least, run in tests of their own."""
