@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,36 @@ class TestDenominators:
         guard(make_mixer(feature_map="relu"), LayerInputs(inputs.q * 0, inputs.k, inputs.v, 0.3))
         assert guard.results()["guard_denominators"] == 60
         assert guard.layers[3]["denominators"] == 60
+
+    def test_padding_is_neither_key_nor_query(self) -> None:
+        guard, inputs = NumericalGuard(), layer_inputs(10)
+        mask = torch.ones(1, 10, dtype=torch.bool)
+        mask[:, :4] = False
+        inputs.k[:, :, 4:] = 0  # of real keys nothing is left, of padding there is
+        guard(make_mixer(feature_map="relu"), replace(inputs, key_mask=mask))
+        assert guard.sums["denominators"] == 2 * 6
+
+    def test_documents_of_a_row_are_apart(self) -> None:
+        guard, inputs = NumericalGuard(), layer_inputs(10)
+        segments = torch.tensor([[0] * 7 + [1] * 3])
+        inputs.q[:], inputs.k[:, :, :7], inputs.k[:, :, 7:] = 1, 1, 0
+        guard(make_mixer(feature_map="relu"), replace(inputs, segment_ids=segments))
+        assert guard.sums["denominators"] == 2 * 3
+
+    def test_a_disjoint_branch_reads_what_left_the_window(self) -> None:
+        guard, inputs = NumericalGuard(), layer_inputs(10)
+        inputs.k[:] = 0
+        guard(make_mixer(feature_map="relu", window=4, overlap=False), inputs)
+        assert guard.sums["denominators"] == 2 * (10 - 4)
+
+
+def test_features_of_keys_count_too() -> None:
+    guard, mixer = NumericalGuard(), make_mixer()
+    assert mixer.phi_k is not None
+    mixer.phi_k.register_forward_hook(lambda module, given, out: torch.full_like(out, torch.inf))
+    guard(mixer, layer_inputs(5))
+    features = mixer.phi_k(layer_inputs(5).k)
+    assert guard.sums["features"] == features.numel() > 0
 
 
 @pytest.mark.parametrize(("dtype", "lost"), [(BF16, 1.0), (torch.float32, 0.0)])

@@ -19,8 +19,8 @@ from equipoise.config import ConfigError
 from equipoise.planning import simulate
 from equipoise.planning.costs import Target, averaged_bytes, gathered_bytes, priced, streamed_bytes
 from equipoise.planning.memory import GAPS, LIBRARIES, Need, Weights, at_once, micro_batch, resident
-from equipoise.planning.plan import plan_conversion
-from equipoise.planning.requirements import check_target
+from equipoise.planning.plan import StagePlan, plan_conversion
+from equipoise.planning.requirements import Scene, _cost, check_target, hidden_bytes, required
 from equipoise.planning.simulate import BATCH, Counted, Footprint, footprint, slice_footprint
 from equipoise.planning.slices import Kind
 from equipoise.registry import UnknownNameError
@@ -198,6 +198,51 @@ def test_hours_and_bottleneck() -> None:
     assert priced(1.0, 1, 1, None, target).device_hours is None
     with pytest.raises(UnknownNameError, match="h100"):
         Target(accelerator="h10")
+
+
+def scene_of(**target: Any) -> Scene:
+    """Of two layers, width 32, a thousand parameters, rows of 16 tokens one at a time."""
+    stage = {"batch_size": 8, "micro_batch_size": 1}
+    weights = Weights(parameters=1000, outside=100, layer=90, itemsize=2, stored=2)
+    held = weights.held(layers="stream_layers" in target)
+    return Scene(
+        tiny_model().config, load_recipe("ssd", {"transfer": stage, "finetune": stage, "watch": None}),
+        CONVERTED, 16, torch.bfloat16, "h100", weights, held, Target(accelerator="h100", **target),
+    )  # fmt: skip
+
+
+def stage_of(name: str) -> StagePlan:
+    return StagePlan(
+        name=name, steps=5, tokens=5 * 8 * 16, at_most=False, trainable=100, weight_bytes=1000,
+        training_bytes=1200,
+    )  # fmt: skip
+
+
+def test_a_sharded_donor_is_gathered_for_every_pass_and_micro_batch() -> None:
+    one, scene = Footprint(0.0, 0.0, 0.0, 7.0), scene_of(ranks=2, parallel="fsdp2")
+    for name, passes in (("transfer", 1), ("finetune", 2)):
+        cost = _cost(stage_of(name), scene, one, 1)
+        assert cost.wire_bytes == 4 * passes * 2000 // 2 + 4 * 100  # of 8 rows, 4 are a rank's
+        assert cost.flops == 8 * 7.0
+    alone = _cost(stage_of("finetune"), scene_of(ranks=2), one, 1)
+    assert alone.wire_bytes == 400
+
+
+def test_beyond_a_node_the_wire_is_slower() -> None:
+    within, beyond = (
+        priced(1.0, 10**9, 0, 1, Target(ranks=ranks, accelerator="h100")).wire_seconds for ranks in (8, 16)
+    )
+    assert (within, beyond) == pytest.approx((1 / 450, 1 / 50))
+
+
+def test_streaming_holds_one_mixer_and_two_layers_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Footprint(50.0, 0.0, 0.0, 7.0)
+    monkeypatch.setattr("equipoise.planning.requirements.micro_batch", lambda *_, **__: one)
+    scene, stage = scene_of(stream_layers=True), stage_of("transfer")
+    _, memory = required([stage], scene, 0)
+    assert memory == {"transfer": scene.held + (1000 - scene.held + 1200) // 2 + 50}
+    assert hidden_bytes([stage], scene) == 2 * (5 * 8 * 16) * 32 * 2
+    assert hidden_bytes([stage], scene_of()) == 0
 
 
 def test_targets_that_a_recipe_cannot_have() -> None:
