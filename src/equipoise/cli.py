@@ -37,6 +37,7 @@ from equipoise.commands.recipes import recipes_command
 from equipoise.commands.serve import serve_command
 from equipoise.commands.state import state_app
 from equipoise.commands.sweep import sweep_command
+from equipoise.commands.verify import verify_command
 from equipoise.config import ConfigError
 from equipoise.distributed import launched, speaks_of_failure
 
@@ -168,6 +169,7 @@ VERBS = (
     ("sweep", sweep_command, "Convert and audit a whole grid, then compare."),
     ("bench", bench_command, "Time the operators beside what would run instead."),
     ("export", export_command, "Write a converted model whole, or its donor back."),
+    ("verify", verify_command, "Hold saved files to their manifest."),
     ("card", card_command, "Write the model card of a converted model."),
     ("push", push_command, "Upload a converted model to the Hub."),
     ("recipes", recipes_command, "List recipes, or show one whole."),

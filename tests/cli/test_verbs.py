@@ -34,6 +34,7 @@ SMALL = (
     "recall-demo",
     "recipes",
     "sweep",
+    "verify",
 )
 VERBS = (*SMALL, "attribute", "convert", "bench", "evaluate", "recall")
 
