@@ -191,9 +191,9 @@ def converted(
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
 
 
-def settings_of(name: str, bytes_: int) -> tuple[str, dict[str, Any]]:
+def settings_of(name: str, bytes_: int, steps: int = STEPS) -> tuple[str, dict[str, Any]]:
     """Recipe and settings of a run that trains both branches."""
-    half = {"transfer": {"max_steps": STEPS // 4}, "finetune": {"max_steps": STEPS - STEPS // 4}}
+    half = {"transfer": {"max_steps": steps // 4}, "finetune": {"max_steps": steps - steps // 4}}
     scale = {stage: {**SCALE[stage], **half[stage]} for stage in half}
     if name in ABLATIONS:
         own = {stage: dict(values) for stage, values in ABLATIONS[name].items()}
@@ -215,7 +215,7 @@ def evicting(tokens: int) -> AttentionMode:
     return AttentionMode("evicting", eviction=Eviction(budget=held, recent=held // 2))
 
 
-def score_run(name: str, seed: int, tokens: int, split: str, console: Console) -> dict[str, Any]:
+def score_run(name: str, seed: int, tokens: int, split: str, steps: int, console: Console) -> dict[str, Any]:
     """One line of results."""
     donor = recall_donor(RecallDonorSettings(), console)
     texts = texts_of(donor, split)
@@ -231,19 +231,19 @@ def score_run(name: str, seed: int, tokens: int, split: str, console: Console) -
         config = even(tokens) if base == "even" else moved(donor, tokens)
         if how == "tuned":
             hybrid = config.model_dump(mode="json")
-            tuned = {**SCALE["finetune"], "max_steps": STEPS, "objectives": {"distillation": 1.0}}
+            tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": {"distillation": 1.0}}
             model = converted(donor, {"hybrid": hybrid, "finetune": tuned}, "swa-sinks", seed, console)
         else:
             model = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), config, check=False)
     else:
-        recipe, settings = settings_of(base, bytes_)
+        recipe, settings = settings_of(base, bytes_, steps)
         model = converted(donor, settings, recipe, seed, console)
     facts = {
         "bytes": bytes_ if base in ("donor", "heavy-hitters") else state_bytes(model),
         "reach": reach(model),
     }
     entry: dict[str, Any] = {"run": name, "seed": seed, "tokens": tokens, "split": split, **facts}
-    entry |= {"windows": [mixer.config.window for mixer in converted_mixers(model)], "steps": STEPS}
+    entry |= {"windows": [mixer.config.window for mixer in converted_mixers(model)], "steps": steps}
     entry["both"] = scored(model, texts, state)
     if any(mixer.has_both for mixer in converted_mixers(model)):
         for branch in ("window", "linear"):
@@ -264,10 +264,11 @@ def run(
     seed: int = 0,
     tokens: Annotated[int, typer.Option(help="Budget: this many tokens of K and V a head and layer.")] = 36,
     split: Split = "search",
+    steps: Annotated[int, typer.Option(help="Of all stages together.")] = STEPS,
     output: Path = RESULTS,
 ) -> None:
     """Make one model, score it, and append a line to the results."""
-    entry = score_run(name, seed, tokens, split, Console(stderr=True))
+    entry = score_run(name, seed, tokens, split, steps, Console(stderr=True))
     with output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
     report(output)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from equipoise import Allocation, HybridConfig
 from equipoise.config import RunConfig
 from equipoise.layers.interface import mixers_of
 from equipoise.models.layout import state_bytes
 from equipoise.train import allocating
-from equipoise.train.allocating import as_dict, from_dict
+from equipoise.train.allocating import as_dict, described, from_dict
 from equipoise.train.convert import convert as convert_here
 from equipoise.train.recipes import load_recipe
 
@@ -105,6 +106,17 @@ class TestConvert:
         assert record.allocation is not None
         written = json.loads((tmp_path / "out" / "run.json").read_text())["allocation"]
         assert as_dict(from_dict(written)) == as_dict(from_dict(json.loads(json.dumps(record.allocation))))
+
+
+def test_it_is_said_where_the_data_does_not_look_far() -> None:
+    hybrid = HybridConfig(window=8)
+    for loss, expected in ((0.2, False), (0.001, True)):
+        found = Allocation(
+            hybrid, 10, 20, [0], [8], [[1]], [[0.1, 0.2]], [{4: 0.1}], {"shared": loss, "even": 0.3}
+        )
+        lines = described(found)
+        assert any("hardly look past the windows" in line for line in lines) == expected
+        assert lines[-1] == "  layer 0: window 8, linear attention in heads 1"
 
 
 class TestAllocate:

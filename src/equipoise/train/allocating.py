@@ -17,6 +17,8 @@ from equipoise.distributed import from_leader, leader_does, ranks
 from equipoise.files import make_directory, write_text
 from equipoise.models.allocation import Allocation, allocate
 
+NEAR = 0.01
+"""Nats per token: where windows alone move the donor's predictions by less, little is left to add."""
 ALLOCATION = "allocation.json"
 """In the working directory of a run: what was measured and chosen."""
 
@@ -89,6 +91,11 @@ def described(allocation: Allocation) -> list[str]:
         f"untrained: {allocation.divergence['shared']:.4f} nats/token from the donor, in even parts "
         f"{allocation.divergence['even']:.4f}"
     ]
+    if min(allocation.divergence.values()) < NEAR:
+        lines.append(
+            "  note: these rows hardly look past the windows, so there is little that linear branches could "
+            "learn from them. Give longer documents as --data, or fewer --state-bytes."
+        )
     for index, window, heads in zip(
         allocation.layers, allocation.windows, allocation.linear_heads, strict=True
     ):
