@@ -30,7 +30,7 @@ class Allocation:
         state_bytes, budget: what the state takes, and what it might.
         layers: indices of the converted layers, in the order of the lists below.
         windows, linear_heads: what each was given.
-        importance: nats per token that full softmax restores in each head [layers][heads].
+        importance: nats per token that full softmax restores in each head, a list for each layer.
         curves: divergence from the donor by window of one layer alone, in nats per token.
         divergence: from the donor, in nats per token, of untrained windows ``shared`` by the curves and in
             ``even`` parts; heads that get a linear branch with ``linear_credit`` of full softmax.
