@@ -14,6 +14,8 @@ from typer.testing import CliRunner, Result
 from equipoise import HybridConfig, hybridize, record_donor
 from equipoise.audit.report import to_dict, write_audit
 from equipoise.cli import app
+from equipoise.models.card import introduction
+from equipoise.sharing.card_sections import limits_section
 from equipoise.train.recipes import load_recipe
 from sample_audit import make_report
 from support import tiny_model
@@ -173,3 +175,21 @@ def test_refusals(model: Path, audit: Path, tmp_path: Path) -> None:
     assert (model / "README.md").read_text() == before
     assert write(model, "--audit", audit, "--force").exit_code == 0
     assert (model / "README.md").read_text() != before
+
+
+@pytest.mark.parametrize(
+    ("own", "window", "some"),
+    [
+        ({}, "64", False),
+        ({0: {"window": 8, "feature_map": None}, 1: {"window": 64}}, "8 to 64", True),
+        ({1: {"linear_heads": (0,)}}, "64", True),
+    ],
+)
+def test_layers_that_differ_are_told_apart(own: Any, window: str, some: bool) -> None:
+    described = {"hybrid": HybridConfig(window=64, per_layer=own).model_dump(mode="json"), "donor": None}
+    text = introduction(described)
+    assert f"a sliding window of {window} tokens" in text
+    assert ("in some heads" in text) == some
+    limits = limits_section(described, None)
+    assert f"the last {window} tokens" in limits
+    assert ("in the heads that have one" in limits) == some

@@ -57,13 +57,29 @@ def metadata(
     )
 
 
+def window_in_words(hybrid: dict[str, Any]) -> str:
+    """Tokens of the window, or from which to which where layers have their own: "64", "8 to 71"."""
+    sizes = {hybrid["window"], *(own.get("window") for own in (hybrid.get("per_layer") or {}).values())} - {
+        None
+    }
+    least, most = min(sizes), max(sizes)
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def has_single_heads(hybrid: dict[str, Any]) -> bool:
+    """Whether only some layers or heads have a linear branch."""
+    parts = [hybrid, *(hybrid.get("per_layer") or {}).values()]
+    return any(part.get("linear_heads") is not None or part.get("feature_map", "") is None for part in parts)
+
+
 def introduction(described: dict[str, Any]) -> str:
     """What the model is, in two sentences."""
     donor, on_hub = donor_of(described)
     hybrid = described["hybrid"]
-    parts = [f"a sliding window of {hybrid['window']} tokens"] if hybrid["window"] is not None else []
+    parts = [f"a sliding window of {window_in_words(hybrid)} tokens"] if hybrid["window"] is not None else []
     if hybrid["feature_map"] is not None:
-        parts.append("linear attention with a state of fixed size")
+        some = " in some heads" if has_single_heads(hybrid) else ""
+        parts.append(f"linear attention with a state of fixed size{some}")
     of = "a softmax transformer" if donor is None else f"[{donor}](https://huggingface.co/{donor})"
     of = f"`{donor}`" if donor is not None and not on_hub else of
     return (

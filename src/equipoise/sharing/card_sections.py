@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from equipoise.models.card import public_name
+from equipoise.models.card import has_single_heads, public_name, window_in_words
 from equipoise.pages.content import UNDEFINED
 from equipoise.pages.format import bytes_in_words, number, percent
 from equipoise.statistics import Estimate
@@ -149,8 +149,10 @@ def curve_section(note: dict[str, Any] | None) -> str:
 def limits_section(described: dict[str, Any], run: dict[str, Any] | None) -> str:
     """What follows from the conversion itself."""
     hybrid, reach = described["hybrid"], None if run is None else run["reach"]
-    near = "no token" if hybrid["window"] is None else f"the last {hybrid['window']} tokens"
+    near = "no token" if hybrid["window"] is None else f"the last {window_in_words(hybrid)} tokens"
     far = "nothing further back" if hybrid["feature_map"] is None else "all others through the linear branch"
+    if hybrid["feature_map"] is not None and has_single_heads(hybrid):
+        far = "all others through the linear branch in the heads that have one"
     lines = [f"A converted layer sees {near} by exact attention, {far}."]
     if reach is not None:
         lines.append(f"Stacked windows relay information over {reach:,} tokens at most.")

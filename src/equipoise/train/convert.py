@@ -24,6 +24,7 @@ from equipoise.files import make_directory, write_text
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
 from equipoise.models.branches import branches
+from equipoise.models.card import window_in_words
 from equipoise.models.layout import reach, report_layers, state_bytes
 from equipoise.models.load import load_donor, load_tokenizer
 from equipoise.models.sharding import own_class, shard, whole_weights
@@ -281,7 +282,8 @@ def describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> 
     kept = [f"{len(indices)} left {kind}" for kind, indices in left.items() if indices]
     limit = reach(model)
     console.print(
-        f"{', '.join([f'converted {len(layers.converted)} layers', *kept])}; window {hybrid.window}, "
+        f"{', '.join([f'converted {len(layers.converted)} layers', *kept])}; window "
+        f"{'none' if hybrid.window is None else window_in_words(hybrid.model_dump(mode='json'))}, "
         f"reach {'unlimited' if limit is None else limit} tokens, decode state {state_bytes(model):,} bytes",
         highlight=False,
         soft_wrap=True,
