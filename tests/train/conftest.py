@@ -95,6 +95,8 @@ def small(text: str) -> Any:
         }  # fmt: skip
         if recipe.hybrid is not None and recipe.hybrid.window is not None:
             values["hybrid"] = {"window": 4}
+        if recipe.allocation is not None:
+            values["allocation"] = {"state_bytes": 3_000, "smallest_window": 2, "rows": 2}
         for stage in ("transfer", "finetune"):
             if getattr(recipe, stage) is not None:
                 values[stage] = {"max_steps": 2, "batch_size": 4, **overrides.pop(stage, {})}

@@ -26,18 +26,11 @@ Reading = Annotated[
 
 # ---- conversions
 
-Recipe = Annotated[
-    str, typer.Option("--recipe", metavar="NAME|FILE", help="See `equipoise recipes`, or a YAML file.")
-]
+Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="Its name, or a YAML file.")]
 DEFAULT_RECIPE = "equipoise"
 StateBytes = Annotated[
     int | None,
-    typer.Option(
-        "--state-bytes",
-        metavar="N",
-        min=1,
-        help="Decode state of a sequence, shared between layers and heads by measurement.",
-    ),
+    typer.Option("--state-bytes", metavar="N", min=1, help="State, shared out by measurement."),
 ]
 TrainingData = Annotated[
     str | None,

@@ -38,7 +38,7 @@ def plan_command(
         bool, typer.Option("--probe/--no-probe", help="Time two layers with random weights on this machine.")
     ] = True,
     ranks: Annotated[
-        int, typer.Option("--ranks", metavar="N", min=1, help="Processes, one device each, as for torchrun.")
+        int, typer.Option("--ranks", metavar="N", min=1, help="Processes, one device each.")
     ] = 1,
     parallel: Annotated[
         Literal["ddp", "fsdp2"], typer.Option("--parallel", help="Of several ranks: fsdp2 shards the donor.")
