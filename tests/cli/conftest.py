@@ -72,6 +72,8 @@ def convert(cli: Cli, donor: Path, corpus: Path, tmp_path: Path) -> Cli:
         recipe: str, *more: object, source: Path = donor, data: Path = corpus, output: Path | None = None
     ) -> Result:
         settings = SMALL if recipe not in ("lora-only", "t2r", "hedgehog") else SMALL[:1]
+        if recipe == "equipoise":  # a window of 8 in two layers pays for little
+            settings = (*settings, "allocation.smallest_window=2", "allocation.rows=2")
         return cli(
             "convert", source, "--recipe", recipe, "--output", output or tmp_path / "out", "--data", data,
             "--max-steps", 2, *(part for setting in settings for part in ("--set", setting)), *more,
