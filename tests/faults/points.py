@@ -223,7 +223,7 @@ POINTS: tuple[Point, ...] = (
     ),
     Point(
         name="gradient is infinite", at=on("gradients *"), strike=lambda draw: infinite_gradient, ends=1,
-        words=("is inf at step", "is nan at step"),
+        words=("gradient is not finite at step", "is inf at step", "is nan at step"),
     ),
     Point(name="damaged: newest checkpoint", at=later_checkpoint, tamper=spoil_newest, passed_over=1),
     Point(name="damaged: newest manifest", at=later_checkpoint, tamper=spoil_manifest, passed_over=1),
