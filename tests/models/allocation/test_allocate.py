@@ -122,6 +122,16 @@ class TestAllocate:
                 assert mixer.has_both == bool(heads)
                 assert list(mixer.config.linear_heads or ()) == heads
 
+    def test_a_layer_with_a_window_only_has_nothing_to_train(self, rows: dict[str, Tensor]) -> None:
+        model = donor()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+        gated = HYBRID.model_copy(update={"gate": "per_token", "write_gate": "per_token"})
+        found = allocate(model, rows, gated, SETTINGS)
+        first, second = mixers_of(hybridize(donor(), found.hybrid))
+        assert not list(first.parameters())
+        assert list(second.parameters())
+
     def test_without_a_budget_it_is_the_windows_own(self, rows: dict[str, Tensor]) -> None:
         windows = HybridConfig(window=12, sinks=2, feature_map=None)
         found = allocate(donor(), rows, HYBRID.model_copy(update={"window": 12}), SETTINGS)
