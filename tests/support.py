@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +108,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
+
+
+def load_tool(name: str) -> Any:
+    """A script of tools/, as a module."""
+    path = Path(__file__).parents[1] / "tools" / f"{name}.py"
+    described = importlib.util.spec_from_file_location(name, path)
+    assert described is not None
+    assert described.loader is not None
+    module = importlib.util.module_from_spec(described)
+    sys.modules[name] = module  # dataclasses look it up there
+    described.loader.exec_module(module)
+    return module
 
 
 def random_tokens(*shape: int, seed: int = 0, vocab: int = 64) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,17 +9,12 @@ import numpy as np
 import pytest
 
 from equipoise.train.recipes import load_recipe
+from support import load_tool
 
 
 @pytest.fixture(scope="module")
 def frontier() -> ModuleType:
-    place = Path(__file__).parents[1] / "tools" / "frontier.py"
-    spec = importlib.util.spec_from_file_location("frontier", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("frontier")
 
 
 def test_asked(frontier: Any) -> None:

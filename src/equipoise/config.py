@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import Field, model_validator
 
+from equipoise.hybrid_config import AllocationConfig, HybridConfig
 from equipoise.safe_yaml import read_yaml
 from equipoise.settings import ConfigError, Settings
 
@@ -19,99 +20,6 @@ NEXT_TOKEN = "next-token"
 """The usual objective of stage 2."""
 LOSS = "loss"
 """What early stopping looks at unless told otherwise; needs no branches."""
-
-
-class HybridConfig(Settings):
-    """What a converted layer computes."""
-
-    window: int | None = Field(default=64, ge=1)
-    """w, the number of last tokens the softmax branch sees; null for no window branch."""
-    layout: Literal["sliding", "terraced"] = "sliding"
-    """sliding: keys i-w+1..i; terraced: the own block of w tokens and the one before."""
-    mixing: str = "convex"
-    """Mixing rule: convex (g SWA + (1-g) LA), competing (linear attention is one more key of the window's
-    softmax, its score learned) or shared (LoLCATs' single denominator)."""
-    gate: Literal["fixed", "per_head", "per_token"] = "fixed"
-    """The window's weight: a constant, learned per query head, or computed per head and token from q."""
-    gate_value: float = Field(default=0.5, gt=0, lt=1)
-    """The window's weight g (shared: gamma; competing: sigmoid of linear attention's score), or where it
-    starts when learned."""
-    overlap: bool = True
-    """Whether linear attention also covers the keys in the window."""
-    feature_map: str | None = "hedgehog"
-    """Feature map of the linear branch; null for no linear branch."""
-    feature_multiple: Literal[1, 2, 4] = 2
-    """Feature dimension in multiples of head_dim."""
-    map_heads: Literal["query", "key_value"] = "query"
-    """One key map per query head, or per key/value head (a state H/Hkv times smaller)."""
-    sinks: int = Field(default=0, ge=0)
-    """The first so many tokens join every window."""
-    layers: Literal["global", "all"] | tuple[int, ...] = "global"
-    """Layers to convert: global (those not local already), all, or a list of indices."""
-    write_gate: Literal["none", "per_token"] = "none"
-    """per_token: a key's features are scaled by exp(k . w), w learned per head, so that the state can pass
-    over what is not worth keeping."""
-    linear_heads: tuple[int, ...] | None = None
-    """Query heads that have the linear branch, and a state; the others attend to their window only. All where
-    null."""
-    per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
-    """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
-
-    @model_validator(mode="after")
-    def _check(self) -> HybridConfig:
-        if self.window is None and self.feature_map is None:
-            raise ValueError("window and feature_map are both null: a layer needs at least one branch")
-        if self.window is None and self.sinks:
-            raise ValueError("sinks join the window's softmax; with window null, sinks must be 0")
-        for index, own in self.per_layer.items():
-            whole = own.keys() & {"layers", "per_layer"}
-            if whole:
-                raise ValueError(f"per_layer.{index}: {', '.join(sorted(whole))} is of the whole model")
-            self.for_layer(index)
-        return self
-
-    @model_validator(mode="after")
-    def _heads(self) -> HybridConfig:
-        if self.linear_heads is None:
-            return self
-        heads = self.linear_heads
-        if not heads or any(head < 0 for head in heads) or list(heads) != sorted(set(heads)):
-            raise ValueError(f"linear_heads must be indices of heads in order, got {list(heads)}")
-        if self.window is None or self.feature_map is None:
-            raise ValueError("linear_heads needs both branches: the other heads have a window only")
-        if self.mixing not in ("convex", "competing") or not self.overlap or self.map_heads != "query":
-            raise ValueError("linear_heads needs mixing convex or competing, overlap true, map_heads query")
-        return self
-
-    def for_layer(self, index: int) -> HybridConfig:
-        """The settings that one layer has."""
-        if not self.per_layer:
-            return self
-        own = self.per_layer.get(index, {})
-        return HybridConfig(**{**self.model_dump(exclude={"per_layer"}), **own})
-
-
-class AllocationConfig(Settings):
-    """Sharing a budget of decode state: how long each layer's window is, which heads have a linear branch.
-
-    Measured on rows of the training data before anything trains; see `equipoise.allocate`.
-    """
-
-    state_bytes: int | None = Field(default=None, ge=1)
-    """Bytes of one sequence's state (K and V at 2 bytes an element, S and z at 4); those of windows alone, as
-    hybrid.window says, where null."""
-    linear_share: float = Field(default=0.25, gt=0, lt=1)
-    """Largest share of them for linear branches."""
-    linear_credit: float = Field(default=0.0, ge=0, le=1)
-    """What windows may leave to the linear branches: the share of full softmax that heads with one are taken
-    to have while windows are measured. 0 gives windows that would be right without any."""
-    least_importance: float = Field(default=0.1, ge=0, le=1)
-    """A head gets a linear branch where full attention in it restores at least this share of what it restores
-    in the head that needs it most."""
-    rows: int = Field(default=16, ge=1)
-    """Rows to measure on."""
-    smallest_window: int = Field(default=4, ge=2)
-    """Tokens that every layer's window has at least."""
 
 
 class DataConfig(Settings):

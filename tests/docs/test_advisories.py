@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import pytest
+
+from support import load_tool
 
 ROOT = Path(__file__).parents[2]
 FINE = {"name": "rich", "version": "1.0", "vulns": []}
@@ -18,11 +19,7 @@ SKIPPED = {"name": "yarl", "skip_reason": "Dependency not found on PyPI and coul
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    described = importlib.util.spec_from_file_location("advisories", ROOT / "tools" / "advisories.py")
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    described.loader.exec_module(module)
+    module = load_tool("advisories")
     monkeypatch.setattr(module, "unreachable", lambda: None)
     return module
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,21 +11,14 @@ import pytest
 import torch
 
 from equipoise.ops import linear_attention
-from support import F64, normal
+from support import F64, load_tool, normal
 
 HEADS, LENGTH, DIM = 2, 16, 8
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "memory_blocks.py"
-    described = importlib.util.spec_from_file_location("memory_blocks", path)
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    sys.modules["memory_blocks"] = module  # dataclasses look their module up
-    described.loader.exec_module(module)
-    return module
+    return load_tool("memory_blocks")
 
 
 @pytest.fixture

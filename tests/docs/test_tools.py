@@ -10,30 +10,20 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 import equipoise
+from support import load_tool
 
 ROOT = Path(__file__).parents[2]
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
-def tool(name: str) -> ModuleType:
-    """A script of tools/, as a module."""
-    described = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    described.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def names() -> Any:
-    return tool("public_names")
+    return load_tool("public_names")
 
 
 def test_listing_is_up_to_date(names: Any) -> None:
@@ -67,15 +57,15 @@ def test_public_signatures_are_typed(names: Any) -> None:
 
 
 def test_a_changed_default_shows(names: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = (ROOT / "src" / "equipoise" / "config.py").read_text(encoding="utf-8")
+    source = (ROOT / "src" / "equipoise" / "hybrid_config.py").read_text(encoding="utf-8")
     package = tmp_path / "src" / "equipoise"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("", encoding="utf-8")
     changed = source.replace("window: int | None = Field(default=64", "window: int | None = Field(default=65")
     assert changed != source
-    (package / "config.py").write_text(changed, encoding="utf-8")
+    (package / "hybrid_config.py").write_text(changed, encoding="utf-8")
     monkeypatch.setattr(names, "ROOT", tmp_path)
-    monkeypatch.setattr(names, "shown_names", lambda: ["equipoise.config.HybridConfig"])
+    monkeypatch.setattr(names, "shown_names", lambda: ["equipoise.hybrid_config.HybridConfig"])
     assert "default=65" in names.listing()
 
 
@@ -97,7 +87,7 @@ def test_typing_marker_is_in_the_wheel(tmp_path: Path) -> None:
 
 def test_figures_are_up_to_date() -> None:
     """Equal but for the last digits of coordinates, which depend on the machine's arithmetic."""
-    method = tool("method_figures")
+    method = load_tool("method_figures")
     drawn = method.figures()
     assert {path.name for path in method.FOLDER.glob("*.svg")} == set(drawn)
     for name, svg in drawn.items():
@@ -108,7 +98,7 @@ def test_figures_are_up_to_date() -> None:
 
 
 def test_figures_are_shown() -> None:
-    method = tool("method_figures")
+    method = load_tool("method_figures")
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for path in method.FOLDER.glob("*.svg"):
         assert f"(figures/method/{path.name})" in page

@@ -65,12 +65,13 @@ def test_equals_the_hybrid_with_heads_switched_off(masked: str, flags: str, gate
     torch.testing.assert_close(got, expected(q, k, v, phi_q, phi_k, **more), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mixing", ["convex", "competing"])
 @pytest.mark.parametrize("masked", MASKS)
-def test_splitting_anywhere_changes_nothing(masked: str) -> None:
+def test_splitting_anywhere_changes_nothing(masked: str, mixing: str) -> None:
     q, k, v, phi_q, phi_k = drawn()
     index, gate = list(HEADS), normal(B, H, T, seed=6).sigmoid()
     more: Any = MASKS[masked]
-    settings: Any = {"heads": HEADS, "window": 5, "output_final_state": True}
+    settings: Any = {"heads": HEADS, "window": 5, "mixing": mixing, "output_final_state": True}
     whole, last = subset_attention(q, k, v, phi_q[:, index], phi_k[:, index], gate=gate, **settings, **more)
     parts, state = [], None
     for start, stop in ((0, 9), (9, 10), (10, 11), (11, T)):
@@ -131,26 +132,6 @@ class TestCompeting:
             )  # fmt: skip
             expected = competing(q, factor * k, v, phi_q, phi_k, score)
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-
-    @pytest.mark.parametrize("masked", MASKS)
-    def test_splitting_anywhere_changes_nothing(self, masked: str) -> None:
-        q, k, v, phi_q, phi_k = drawn()
-        index, score = list(HEADS), normal(B, H, T, seed=6)
-        more: Any = MASKS[masked]
-        settings: Any = {
-            "heads": HEADS, "window": 5, "mixing": "competing", "output_final_state": True,
-        }  # fmt: skip
-        whole, _ = subset_attention(q, k, v, phi_q[:, index], phi_k[:, index], gate=score, **settings, **more)
-        parts, state = [], None
-        for start, stop in ((0, 9), (9, 10), (10, 11), (11, T)):
-            cut = slice(start, stop)
-            now = {n: m[:, cut] if isinstance(m, Tensor) else m for n, m in more.items()}
-            part, state = subset_attention(
-                q[:, :, cut], k[:, :, cut], v[:, :, cut], phi_q[:, index, cut], phi_k[:, index, cut],
-                gate=score[:, :, cut], initial_state=state, **settings, **now,
-            )  # fmt: skip
-            parts.append(part)
-        torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-10, atol=1e-10)
 
     def test_gradients(self) -> None:
         q, k, v, phi_q, phi_k = drawn()

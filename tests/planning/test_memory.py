@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from equipoise.planning.simulate import BATCH, Counted, Footprint, footprint, sl
 from equipoise.planning.slices import Kind
 from equipoise.registry import UnknownNameError
 from equipoise.train.recipes import load_recipe
-from support import FAMILIES, tiny_model
+from support import FAMILIES, load_tool, tiny_model
 
 ROOT = Path(__file__).parents[2]
 CONVERTED: list[Kind] = ["converted", "converted"]
@@ -35,17 +33,6 @@ LARGE = LlamaConfig(
     vocab_size=128_256, hidden_size=16_384, intermediate_size=53_248, num_hidden_layers=126,
     num_attention_heads=128, num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
-
-
-def load_tool(name: str) -> Any:
-    """A script of tools/, as a module."""
-    described = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    sys.modules[name] = module  # dataclasses look it up there
-    described.loader.exec_module(module)
-    return module
 
 
 def test_counts_what_is_held_at_once() -> None:

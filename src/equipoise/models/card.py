@@ -59,9 +59,8 @@ def metadata(
 
 def window_in_words(hybrid: dict[str, Any]) -> str:
     """Tokens of the window, or from which to which where layers have their own: "64", "8 to 71"."""
-    sizes = {hybrid["window"], *(own.get("window") for own in (hybrid.get("per_layer") or {}).values())} - {
-        None
-    }
+    own = (hybrid.get("per_layer") or {}).values()
+    sizes = {layer.get("window", hybrid["window"]) for layer in (hybrid, *own)} - {None}
     least, most = min(sizes), max(sizes)
     return str(most) if least == most else f"{least} to {most}"
 

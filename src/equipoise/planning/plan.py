@@ -294,12 +294,9 @@ def _timed(
 def _kinds(layers: LayerReport, hybrid: HybridConfig | None) -> list[Kind]:
     """What each layer runs, in order."""
     found: dict[int, Kind] = dict.fromkeys(layers.converted, "converted")
-    if hybrid is not None and any(own.get("feature_map", True) for own in hybrid.per_layer.values()):
-        found |= {
-            index: "windowed"
-            for index in layers.converted
-            if hybrid.feature_map is not None and hybrid.for_layer(index).feature_map is None
-        }
+    if hybrid is not None and hybrid.feature_map is not None:
+        windowed = (index for index in layers.converted if hybrid.for_layer(index).feature_map is None)
+        found |= dict.fromkeys(windowed, "windowed")
     found |= dict.fromkeys(layers.local, "local")
     found |= dict.fromkeys(layers.softmax, "softmax")
     return [found[index] for index in sorted(found)]

@@ -26,6 +26,7 @@ from equipoise.data.packing import IGNORED_LABEL
 from equipoise.layers.interface import mixers_of
 from equipoise.models.adapters import adapters_disabled
 from equipoise.models.branches import branches
+from equipoise.models.divergence import divergence, log_probabilities
 from equipoise.models.families import ConversionError
 from equipoise.ops.types import accumulation_dtype
 from equipoise.registry import Registry
@@ -57,16 +58,6 @@ class Predictions:
     def divergence(self) -> Tensor:
         """KL(donor || model), in nats per token [B, T - 1]."""
         return divergence(self.references[DONOR], self.log_probabilities)
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax over the vocabulary, in float32 or wider."""
-    return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
-
-
-def divergence(of: Tensor, to: Tensor) -> Tensor:
-    """KL(of || to) in nats, from log-probabilities [..., V]: [...]."""
-    return (of.exp() * (of - to)).sum(-1)
 
 
 @dataclass(frozen=True)

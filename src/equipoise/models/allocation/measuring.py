@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from equipoise.layers.mixer import AttentionMode, HybridMixer
 from equipoise.models.branches import converted_mixers
-from equipoise.ops.types import accumulation_dtype
+from equipoise.models.divergence import divergence, log_probabilities
 
 SOFTMAX = AttentionMode("softmax")
 Tick = Callable[[], None]
@@ -121,11 +121,10 @@ class DonorDivergence:
             donor = self._log_probabilities(batch)
         with _in_modes(self.mixers, modes):
             other = self._log_probabilities(batch)
-            return (donor.exp() * (donor - other)).sum()
+            return divergence(donor, other).sum()
 
     def _log_probabilities(self, batch: Mapping[str, Tensor]) -> Tensor:
-        logits: Tensor = self.model(**batch, use_cache=False).logits[:, :-1]
-        return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+        return log_probabilities(self.model(**batch, use_cache=False).logits[:, :-1])
 
 
 @contextmanager
