@@ -45,6 +45,8 @@ class HybridConfig(Settings):
     linear_heads: tuple[int, ...] | None = None
     """Query heads that have the linear branch, and a state; the others attend to their window only. All where
     null."""
+    head_windows: tuple[int, ...] | None = None
+    """A window for each key/value head, none longer than ``window``; ``window`` in all of them where null."""
     per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 
@@ -72,6 +74,21 @@ class HybridConfig(Settings):
             raise ValueError("linear_heads needs both branches: the other heads have a window only")
         if self.mixing not in ("convex", "competing") or not self.overlap or self.map_heads != "query":
             raise ValueError("linear_heads needs mixing convex or competing, overlap true, map_heads query")
+        return self
+
+    @model_validator(mode="after")
+    def _head_windows(self) -> HybridConfig:
+        if self.head_windows is None:
+            return self
+        if min(self.head_windows, default=0) < 1 or max(self.head_windows) != self.window:
+            raise ValueError(
+                f"head_windows must be a window of at least 1 token for each key/value head, the longest as "
+                f"long as window ({self.window}), got {list(self.head_windows)}"
+            )
+        if self.layout != "sliding":
+            raise ValueError("head_windows needs layout sliding: terraces are laid out for all heads at once")
+        if self.feature_map is not None and self.linear_heads is None:
+            raise ValueError("head_windows needs linear_heads: the heads that have the linear branch")
         return self
 
     def for_layer(self, index: int) -> HybridConfig:

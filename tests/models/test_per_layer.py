@@ -23,6 +23,12 @@ SETTINGS: dict[str, Any] = {
     "window": 6, "gate": "per_token", "write_gate": "per_token",
     "per_layer": {0: {"window": 4, "sinks": 2, "feature_map": None}, 1: {"linear_heads": (1, 3)}},
 }  # fmt: skip
+BY_HEAD: dict[str, Any] = {
+    0: {"window": 4, "head_windows": (2, 4), "sinks": 2, "feature_map": None},
+    1: {"linear_heads": (1, 3), "head_windows": (6, 2)},
+}
+"""Windows of single heads too."""
+WAYS = pytest.mark.parametrize("own", [SETTINGS["per_layer"], BY_HEAD], ids=["layers", "heads"])
 TOKENS = random_tokens(2, 40)
 
 
@@ -49,17 +55,19 @@ def test_layers_differ_as_told() -> None:
     assert reach(converted()) == 3 + 5
 
 
-def test_it_survives_saving(tmp_path: Path) -> None:
-    model = converted(torch.float32)
+@WAYS
+def test_it_survives_saving(own: dict[int, Any], tmp_path: Path) -> None:
+    model = converted(torch.float32, per_layer=own)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(model), logits(again))
     assert again.config.equipoise == model.config.equipoise
 
 
+@WAYS
 @pytest.mark.parametrize("state", ["both", "linear", "window"])
-def test_decoding_gives_what_one_pass_gives(state: str) -> None:
-    model = converted()
+def test_decoding_gives_what_one_pass_gives(state: str, own: dict[int, Any]) -> None:
+    model = converted(per_layer=own)
     with branches(model, state, reading="renormalised"), torch.no_grad():
         cache, parts = model.make_cache(), list[Tensor]()
         for start, stop in ((0, 17), (17, 18), (18, 40)):
@@ -77,6 +85,47 @@ def test_state_bytes_are_those_of_the_cache() -> None:
     assert second.linear_state.shape == (1, heads, features, size)
     whole = state_bytes(converted(torch.float32, per_layer={0: SETTINGS["per_layer"][0]}))
     assert whole - state_bytes(model) == 2 * features * (size + 1) * 4
+
+
+def test_windows_of_heads_hold_what_is_counted() -> None:
+    model = converted(torch.float32, per_layer=BY_HEAD)
+    with torch.no_grad():
+        cache = model(TOKENS[:1], use_cache=True).past_key_values
+    states = [state for layer in cache.layers for state in (layer.state, *layer.state.others)]
+    assert [state.keys.shape[1:3] for state in states] == [(1, 3), (1, 1), (1, 5), (1, 1)]
+    kept = sum(state.keys.numel() + state.values.numel() for state in states)
+    sinks, features = 4 * 2 * 8, 2 * 8
+    counted = 2 * (kept + 4 * 2 * 8 + sinks * 2 // 2) + 2 * features * 9 * 4
+    assert state_bytes(model) == counted
+    assert reach(model) == 3 + 5
+
+
+@pytest.mark.parametrize("own", [{0: {"head_windows": (6, 6)}, 1: {"head_windows": (6, 6)}}, {}])
+def test_windows_of_heads_that_are_all_alike(own: dict[int, Any]) -> None:
+    """They change nothing: no number, no byte."""
+    linear = {i: {"linear_heads": (1, 3), **own.get(i, {})} for i in (0, 1)}
+    alike, plain = (
+        converted(per_layer=linear),
+        converted(per_layer={i: {"linear_heads": (1, 3)} for i in (0, 1)}),
+    )
+    assert torch.equal(logits(alike), logits(plain))
+    assert state_bytes(alike) == state_bytes(plain)
+
+
+def test_measures_know_each_heads_window() -> None:
+    windows = [
+        EvaluationWindow(document=i, start=0, input_ids=row, labels=row) for i, row in enumerate(TOKENS)
+    ]
+
+    def outside(own: dict[int, Any]) -> list[list[float]]:
+        found, _ = measure(converted(per_layer=own), windows, resamples=20)
+        values = {one.name: one for one in found}["donor_mass_outside"].values
+        return [[estimate.value for estimate in row] for row in values]
+
+    by_head = outside(BY_HEAD)
+    layers = outside(SETTINGS["per_layer"])[1]
+    assert by_head[1][:2] == layers[:2]  # of the longer window
+    assert all(one > other for one, other in zip(by_head[1][2:], layers[2:], strict=True))
 
 
 def test_ablations_leave_what_has_no_alternative() -> None:
@@ -130,6 +179,10 @@ def test_the_gate_starts_open_and_scales_what_is_written() -> None:
         ({"linear_heads": ()}, "in order"),
         ({"linear_heads": (0,), "mixing": "shared"}, "mixing convex"),
         ({"linear_heads": (0,), "window": None}, "needs both branches"),
+        ({"window": 6, "head_windows": (3, 2), "linear_heads": (0,)}, r"as long as window \(6\), got"),
+        ({"window": 6, "head_windows": (6, 0), "linear_heads": (0,)}, "at least 1 token"),
+        ({"window": 6, "head_windows": (6, 2), "layout": "terraced"}, "needs layout sliding"),
+        ({"window": 6, "head_windows": (6, 2)}, "needs linear_heads"),
     ],
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
@@ -142,3 +195,8 @@ def test_layers_and_heads_that_are_not_there() -> None:
         hybridize(tiny_model(), HybridConfig(per_layer={5: {"window": 3}}))
     with pytest.raises(ConfigError, match="heads between 0 and 3"):
         hybridize(tiny_model(), HybridConfig(linear_heads=(4,)))
+    with pytest.raises(ConfigError, match=r"each of 2 key/value heads, got \[6, 6, 2\]"):
+        hybridize(
+            tiny_model(),
+            HybridConfig(window=6, linear_heads=(0,), per_layer={0: {"head_windows": (6, 6, 2)}}),
+        )

@@ -41,6 +41,7 @@ def saved(converted: Any, tmp_path: Path) -> Path:
         ("llama", {"sinks": 2, "layout": "terraced", "overlap": False}, "both"),
         ("llama", {"mixing": "shared", "overlap": False}, "both"),
         ("llama", {"layers": [1]}, "both"),
+        ("llama", {"per_layer": {1: {"linear_heads": (1, 3), "head_windows": (8, 3)}}}, "both"),
         ("llama", {}, "linear"),
         ("llama", {}, "none"),
         ("gemma3_text", {}, "sinks"),

@@ -202,7 +202,7 @@ def _donor_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
         real = _real(inputs)
         mass, entropy = _zeros(inputs), _zeros(inputs)
         eligible = torch.zeros_like(real)
-        for block, queries in _blocks(mixer, inputs):
+        for block, queries in _blocks(mixer, inputs, mixer.windows):
             causal = block.causal
             if inputs.sliding_window is not None:
                 causal = causal & block.within(inputs.sliding_window)
@@ -213,7 +213,7 @@ def _donor_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
                 seen = scores.logsumexp(-1) - inputs.sink_logits.double()[:, None]
                 mass[:, :, queries] *= seen.sigmoid()
             entropy[:, :, queries] = _entropy(weights)
-            eligible[:, :, queries] = (causal & ~block.near).any(-1).double()
+            eligible[:, :, queries] = _has_outside(causal, block)
         if mixer.config.window is not None:
             counted = real * eligible
             totals.add("donor_mass_outside", mixer.layer_idx, rows, (mass * counted).sum(-1), counted.sum(-1))
@@ -238,7 +238,8 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
         _add_ranks(totals, mixer, inputs, rows, phi_k)
         mass, entropy = _zeros(inputs), _zeros(inputs)
         eligible = torch.zeros_like(real)
-        for block, queries in _blocks(mixer, inputs):
+        windows = [mixer.windows[head] for head in mixer.linear_indices if mixer.windows]
+        for block, queries in _blocks(mixer, inputs, windows):
             products = _products(phi_q[:, :, queries], phi_k[:, :, : block.stop])
             alone = products * block.causal
             entropy[:, :, queries] = _entropy(alone / alone.sum(-1, keepdim=True).clamp_min(1e-300))
@@ -246,7 +247,7 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
                 mixer, block, _scores(inputs, queries, block.near), products, gate[:, :, queries, None],
                 inputs.sink_logits,
             )  # fmt: skip
-            eligible[:, :, queries] = (block.causal & ~block.near).any(-1).double()
+            eligible[:, :, queries] = _has_outside(block.causal, block)
         by_head = mixer.on_all_heads((entropy * real).sum(-1))
         totals.add("linear_entropy", mixer.layer_idx, rows, by_head, real.sum(-1))
         if mixer.config.window is not None:
@@ -308,7 +309,7 @@ def _add_ranks(
 
 @dataclass(frozen=True)
 class _Block:
-    """Masks [B or 1, 1, C, X] of a block of queries over the keys before its end.
+    """Masks [B or 1, 1 or H, C, X] of a block of queries over the keys before its end.
 
     Attributes:
         causal: keys a query could see at all.
@@ -327,8 +328,10 @@ class _Block:
         return i - torch.arange(self.stop, device=self.causal.device)[None] < window
 
 
-def _blocks(mixer: HybridMixer, inputs: LayerInputs) -> Iterator[tuple[_Block, slice]]:
-    """The queries block by block, each with its slice of them."""
+def _blocks(
+    mixer: HybridMixer, inputs: LayerInputs, windows: Sequence[int]
+) -> Iterator[tuple[_Block, slice]]:
+    """The queries block by block, each with its slice of them; windows of the heads of ``inputs``."""
     config, (batch, _, length, _) = mixer.config, inputs.q.shape
     device = inputs.q.device
     tokens = index_tokens(
@@ -340,11 +343,16 @@ def _blocks(mixer: HybridMixer, inputs: LayerInputs) -> Iterator[tuple[_Block, s
         columns = slice(0, queries.stop)
         causal = causal_mask(tokens, queries, columns, device)
         near = torch.zeros_like(causal)
-        if config.window is not None:
-            near = window_mask(
-                tokens, queries, columns, causal, window=config.window, layout=config.layout,
-                sinks=config.sinks,
-            )  # fmt: skip
+        if windows:
+            masks = {
+                window: window_mask(
+                    tokens, queries, columns, causal, window=window, layout=config.layout, sinks=config.sinks
+                )
+                for window in set(windows)
+            }
+            near = (
+                torch.cat([masks[window] for window in windows], 1) if len(masks) > 1 else masks[windows[0]]
+            )
         yield _Block(causal, near, start, queries.stop), queries
 
 
@@ -360,6 +368,11 @@ def _scores(inputs: LayerInputs, queries: slice, mask: Tensor) -> Tensor:
 def _products(rows: Tensor, columns: Tensor) -> Tensor:
     """[B, H, C, n] x [B, N or H, X, n] -> [B, H, C, X]."""
     return rows @ columns.repeat_interleave(rows.shape[1] // columns.shape[1], 1).mT
+
+
+def _has_outside(causal: Tensor, block: _Block) -> Tensor:
+    """Whether every head's window leaves out something [B, 1, C]: the same queries count for all heads."""
+    return (causal & ~block.near).any(-1).all(1, keepdim=True).double()
 
 
 def _entropy(weights: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
 from equipoise.ops.eviction import Eviction, evicting_attention
 from equipoise.ops.head_subset import heads_of, subset_attention
+from equipoise.ops.head_windows import head_windows_attention
 
 SINKS_STATE_KEYS = 8
 """Keys that the ``sinks`` ablation leaves: the first eight (arXiv 2510.05901)."""
@@ -147,6 +148,11 @@ class HybridMixer(nn.Module):
             raise ConfigError(
                 f"linear_heads: expected heads between 0 and {heads - 1}, got {list(config.linear_heads)}."
             )
+        if config.head_windows is not None and len(config.head_windows) != kv_heads:
+            raise ConfigError(
+                f"head_windows: expected a window for each of {kv_heads} key/value heads, got "
+                f"{list(config.head_windows)}."
+            )
         if config.feature_map is not None:
             feature_map, features = FEATURE_MAPS[config.feature_map], config.feature_multiple * head_dim
             count = heads if config.linear_heads is None else len(config.linear_heads)
@@ -230,6 +236,19 @@ class HybridMixer(nn.Module):
         )  # fmt: skip
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of every query head [H]; empty without a window branch."""
+        if self.config.window is None:
+            return ()
+        windows = self.config.head_windows or (self.config.window,) * self.kv_heads
+        return tuple(window for window in windows for _ in range(self.heads // self.kv_heads))
+
+    @property
+    def linear_indices(self) -> tuple[int, ...]:
+        """The query heads with a linear branch, where the layer has one."""
+        return tuple(range(self.heads)) if self.config.linear_heads is None else self.config.linear_heads
+
+    @property
     def linear_heads(self) -> int:
         """How many query heads have a linear branch, where the layer has one."""
         return self.heads if self.config.linear_heads is None else len(self.config.linear_heads)
@@ -276,15 +295,21 @@ class HybridMixer(nn.Module):
         config = self.config
         phi_q = self.phi_q if phi_q is None else phi_q
         phi_k = self.phi_k if phi_k is None else phi_k
+        head_windows = config.head_windows if window is None else None
         window = config.window if window is None else window
         common: dict[str, Any] = {
-            "layout": config.layout, "gate": self.gate(inputs.q), "scale": inputs.scale,
+            "gate": self.gate(inputs.q), "scale": inputs.scale,
             "softcap": inputs.softcap, "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
             "branches": _for_rows(branches, inputs.q.shape[0]), "sinks": config.sinks,
             # of softmax's denominator: linear attention alone has none that it could join
             "sink_logits": None if window is None else inputs.sink_logits,
             "initial_state": state, "output_final_state": keep_state,
         }  # fmt: skip
+        if head_windows is not None:
+            return head_windows_attention(
+                inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
+                heads=config.linear_heads or (), mixing=config.mixing, **common,
+            )  # fmt: skip
         if config.linear_heads is not None:
             assert phi_q is not None
             assert phi_k is not None
@@ -298,11 +323,12 @@ class HybridMixer(nn.Module):
                 heads=config.linear_heads,
                 window=window,
                 mixing=config.mixing,
+                layout=config.layout,
                 **common,
             )
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,
-            overlap=config.overlap, reuse_state=reuse_state and not torch.is_grad_enabled(), **common,
+            layout=config.layout, overlap=config.overlap, reuse_state=reuse_state and not torch.is_grad_enabled(), **common,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

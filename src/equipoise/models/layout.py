@@ -159,8 +159,9 @@ def state_bytes(model: nn.Module) -> int:
         if mixer is None:
             continue
         config, size = mixer.config, mixer.head_dim
-        tokens = (config.window or 0) * (2 if config.layout == "terraced" else 1) + config.sinks
-        total += 2 * tokens * mixer.kv_heads * size * KV_BYTES
+        windows = config.head_windows or [config.window or 0] * mixer.kv_heads
+        tokens = sum(windows) * (2 if config.layout == "terraced" else 1) + config.sinks * mixer.kv_heads
+        total += 2 * tokens * size * KV_BYTES
         if config.feature_map is not None:
             heads = mixer.heads if config.map_heads == "query" else mixer.kv_heads
             heads = heads if config.linear_heads is None else len(config.linear_heads)

@@ -7,7 +7,6 @@ and loads nowhere else. The tokens themselves are in it too (four bytes each), f
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from equipoise.layers.mixer import AttentionMode
 from equipoise.models.branches import converted_mixers
 from equipoise.models.reading import PromptState, current_mode, model_digest, read_prompt, update_digest
 from equipoise.ops import AttentionState, Branches
+from equipoise.ops.types import TENSOR_NAMES
 
 SUFFIX = ".safetensors"
 FORMAT, VERSION = "equipoise prompt state", 1
@@ -286,16 +286,31 @@ def _tensors(cache: HybridCache) -> dict[str, Tensor]:
     for index, layer in enumerate(cache.layers):
         held = vars(layer) if not isinstance(layer, HybridCacheLayer) else {}
         if isinstance(layer, HybridCacheLayer) and layer.state is not None:
-            state = layer.state.settled()  # slots of waiting tokens may hold anything
-            held = {f.name: getattr(state, f.name) for f in fields(state)}
-        for name in held.keys() & _NAMES:
+            held = _named(layer.state.settled())  # slots of waiting tokens may hold anything
+        for name in held if isinstance(layer, HybridCacheLayer) else held.keys() & set(TENSOR_NAMES):
             if held[name] is not None:
                 found[f"layers.{index}.{name}"] = held[name].detach().cpu().clone().contiguous()
     return found
 
 
-_NAMES = {f.name for f in fields(AttentionState)}
-"""Names of the tensors that layers hold; keys and values, which other layers hold too, are among them."""
+def _named(state: AttentionState) -> dict[str, Tensor | None]:
+    """A state's tensors by name; those of heads with other windows as others.0.keys and so on."""
+    named = {name: getattr(state, name) for name in TENSOR_NAMES}
+    for place, other in enumerate(state.others):
+        named |= {f"others.{place}.{name}": tensor for name, tensor in _named(other).items()}
+    return named
+
+
+def _state(tensors: dict[str, Tensor]) -> AttentionState:
+    """The other way."""
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name not in own:
+            place, _, rest = name.removeprefix("others.").partition(".")
+            parts.setdefault(int(place), {})[rest] = tensor
+    known: dict[str, Any] = {**own, "others": tuple(_state(parts[place]) for place in sorted(parts))}
+    return AttentionState(**known)
 
 
 def _fill(model: Any, described: StateDescription, tensors: dict[str, Tensor]) -> HybridCache:
@@ -306,7 +321,7 @@ def _fill(model: Any, described: StateDescription, tensors: dict[str, Tensor]) -
         held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         one: Any = layer
         if isinstance(layer, HybridCacheLayer):
-            one.state = AttentionState(**held) if held else None  # pyright: ignore[reportArgumentType]
+            one.state = _state(held) if held else None
             one.length = described.tokens
             one.dtype = held["keys"].dtype if held else model.dtype
             one.device = model.device

@@ -134,6 +134,8 @@ def _check_mixing(call: Call) -> None:
 
 def _check_state(call: Call, state: AttentionState) -> None:
     """A state of a call with other settings would resume, and be wrong."""
+    if state.others:
+        raise ValueError("expected initial_state of one window for all heads, got one of windows by head.")
     rows, tokens = state.valid.shape
     if rows != call.q.shape[0]:
         raise ValueError(f"expected initial_state of batch size {call.q.shape[0]}, got {rows}.")

@@ -79,7 +79,7 @@ def subset_attention(
         mixed = _mix(near[:, index], far, share, branches, index)
     else:
         mixed, linear_state = hybrid_attention(
-            *chosen, phi_q, phi_k, mixing=mixing, gate=share[..., 0], branches=_of_flags(branches, index),
+            *chosen, phi_q, phi_k, mixing=mixing, gate=share[..., 0], branches=flags_of(branches, index),
             sink_logits=None if sink_logits is None else sink_logits[index], initial_state=parts[1], **seen,
         )  # fmt: skip
     out = near.index_copy(1, index, mixed.to(near.dtype))
@@ -89,7 +89,7 @@ def subset_attention(
     return out, replace(window_state, **held)
 
 
-def _of_flags(branches: Branches, index: Tensor) -> Branches:
+def flags_of(branches: Branches, index: Tensor) -> Branches:
     """The flags of the chosen heads."""
 
     def of(flag: bool | Tensor) -> bool | Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,6 +72,8 @@ class AttentionState:
             once for several tokens leaves any, and `settled` adds them.
         features, sink_features: phi(k) of the tokens above, where features were given as tensors and linear
             attention lags behind the window (disjoint) [B, M, R, F], [B, M, P, F].
+        others: states of the heads whose windows are of other sizes, in order of the sizes; everything above
+            is then of the heads with the longest window.
     """
 
     keys: Float[Tensor, "B N R D"]
@@ -93,14 +95,19 @@ class AttentionState:
     pending_values: Float[Tensor, "B N W E"] | None = None
     features: Float[Tensor, "B M R F"] | None = None
     sink_features: Float[Tensor, "B M P F"] | None = None
+    others: tuple[AttentionState, ...] = ()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
         """Apply a function to every tensor: selecting rows, moving devices, detaching."""
-        present = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: function(t) for name, t in present if t is not None})
+        present = ((name, getattr(self, name)) for name in TENSOR_NAMES)
+        changed = {name: function(t) for name, t in present if t is not None}
+        return replace(self, **changed, others=tuple(other.map(function) for other in self.others))
 
     def settled(self) -> AttentionState:
         """The same state with every waiting token added to S, in new memory; itself where none can wait."""
+        if self.others:
+            whole = replace(self, others=()).settled()
+            return replace(whole, others=tuple(other.settled() for other in self.others))
         waiting, features, values = self.pending, self.pending_features, self.pending_values
         if waiting is None or features is None or values is None or self.linear_state is None:
             return self
@@ -121,7 +128,9 @@ class AttentionState:
         """
         states = [state.settled() for state in states]
         merged: dict[str, Tensor | None] = {}
-        for name in (f.name for f in fields(AttentionState)):
+        if len({len(state.others) for state in states}) > 1:
+            raise ValueError("expected states of the same windows by head, got some with fewer sizes.")
+        for name in TENSOR_NAMES:
             parts = [t for state in states if (t := getattr(state, name)) is not None]
             if parts and len(parts) != len(states):
                 raise ValueError(
@@ -129,15 +138,22 @@ class AttentionState:
                     f"{len(states)}: they were read with different settings."
                 )
             merged[name] = torch.cat(parts) if parts else None
-        return AttentionState(**merged)  # pyright: ignore[reportArgumentType]
+        others = zip(*(state.others for state in states), strict=True)
+        known: dict[str, Any] = {**merged, "others": tuple(map(AttentionState.concatenate, others))}
+        return AttentionState(**known)
 
     def tensors(self) -> list[Tensor]:
         """All tensors held."""
-        return [t for f in fields(self) if (t := getattr(self, f.name)) is not None]
+        own = [t for name in TENSOR_NAMES if (t := getattr(self, name)) is not None]
+        return own + [t for other in self.others for t in other.tensors()]
 
     def bytes(self) -> int:
         """Memory held, in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+TENSOR_NAMES = tuple(f.name for f in fields(AttentionState) if f.name != "others")
+"""What of a state is a tensor, where it is there."""
 
 
 @dataclass(slots=True)
