@@ -100,7 +100,7 @@ class HybridConfig(Settings):
 
 
 class AllocationConfig(Settings):
-    """Sharing a budget of decode state: how long each layer's window is, which heads have a linear branch.
+    """Sharing a budget of decode state: how long each head's window is, which heads have a linear branch.
 
     Measured on rows of the training data before anything trains; see `equipoise.allocate`.
     """
@@ -116,7 +116,10 @@ class AllocationConfig(Settings):
     least_importance: float = Field(default=0.1, ge=0, le=1)
     """A head gets a linear branch where full attention in it restores at least this share of what it restores
     in the head that needs it most."""
+    moves: int = Field(default=0, ge=0)
+    """Measurements that may be spent on improving windows by moving tokens from head to head, each a forward
+    pass over all rows."""
     rows: int = Field(default=16, ge=1)
     """Rows to measure on."""
     smallest_window: int = Field(default=4, ge=2)
-    """Tokens that every layer's window has at least."""
+    """Tokens that every head's window has at least."""

@@ -33,7 +33,7 @@ def allocate_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print measurements and result as JSON.")] = False,
 ) -> None:
-    """Measure which heads look far and what each layer's window is worth, and share bytes out by it.
+    """Measure which heads look far and what each window is worth, and share bytes out by it.
 
     `equipoise convert` does this by itself where the recipe has an allocation. Alone it is for looking at a
     donor before converting it, and for conversions that shard the donor.

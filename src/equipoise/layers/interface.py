@@ -6,16 +6,16 @@ decoding.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache
 
 from equipoise.layers.cache import CacheError, HybridCache, HybridCacheLayer
-from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.layers.softmax import donor_attention
 from equipoise.ops import segment_ids_from_cu_seqlens
 
@@ -86,7 +86,9 @@ def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor
     if mode.kind in ("blend", "evicting") and layer is not None:
         raise CacheError(f"mode {mode.kind!r} measures whole texts and keeps no cache: pass use_cache=False.")
     if mode.kind == "blend":
-        return _blended(mixer, inputs)
+        # as many outputs as windows, in every layer: made again in the backward pass rather than kept
+        blended: Any = checkpoint(_blended, mixer, inputs, mode, use_reentrant=False)
+        return blended
     if layer is None:
         return mixer.attend(inputs, mode=mode)[0]
     if not isinstance(layer, HybridCacheLayer):
@@ -102,12 +104,19 @@ def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor
     return layer.attend(mixer, inputs)
 
 
-def _blended(mixer: HybridMixer, inputs: LayerInputs) -> Tensor:
-    """window + weight (softmax - window), head by head."""
-    mode, weight = mixer.mode, mixer.mode.softmax_weight
-    assert weight is not None
-    near = mixer.attend(inputs, mode=replace(mode, kind="swa", softmax_weight=None))[0]
-    return near + weight[:, None, None] * (donor_attention(inputs) - near)
+def _blended(mixer: HybridMixer, inputs: LayerInputs, mode: AttentionMode) -> Tensor:
+    """The sum over windows of weight times attention, head by head."""
+    blend, sinks = mode.blend, mode.sinks
+    assert blend is not None
+    total: Tensor | None = None
+    for window, weight in zip(blend.windows, blend.weights, strict=True):
+        if window is None:
+            out = donor_attention(inputs)
+        else:
+            out = mixer.attend(inputs, mode=AttentionMode("swa", window=window, sinks=sinks))[0]
+        total = weight[:, None, None] * out if total is None else total + weight[:, None, None] * out
+    assert total is not None
+    return total
 
 
 def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

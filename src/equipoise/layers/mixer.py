@@ -26,32 +26,48 @@ SINKS_STATE_KEYS = 8
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A weighted sum of attention over windows of several sizes, head by head.
+
+    Attributes:
+        windows: J sizes in tokens, None for the donor's own attention.
+        weights: of each of them in each head [J, H]; gradients reach them.
+    """
+
+    windows: tuple[int | None, ...]
+    weights: Float[Tensor, "J H"]
+
+
+@dataclass(frozen=True)
 class AttentionMode:
     """How converted layers attend.
 
     Attributes:
         kind: ``hybrid``; ``softmax`` (the donor's own attention); ``swa`` (training-free window and sinks);
-            ``blend`` (a weighted mean of these two, for measuring what a head needs); ``evicting`` (softmax
-            over a cache that evicts, for scoring whole texts); ``none`` (outputs 0).
+            ``blend`` (a weighted sum of windows and the donor's attention, for measuring what a head needs);
+            ``evicting`` (softmax over a cache that evicts, for scoring whole texts); ``none`` (outputs 0).
         branches: which branches of the hybrid run.
-        window, sinks: what ``swa`` sees, or a window size that replaces the configured one in ``hybrid``.
-        softmax_weight: of ``blend``: the donor's weight in each head [H]; gradients reach it.
+        window, sinks: what ``swa`` sees, or a window size that replaces the configured one in ``hybrid``;
+            the sinks of every window of a ``blend``.
+        blend: of ``blend``: the windows and their weights.
         eviction: of ``evicting``: budget and rule.
 
     Raises:
-        ValueError: ``evicting`` without an eviction.
+        ValueError: ``evicting`` without an eviction, ``blend`` without a blend.
     """
 
     kind: Literal["hybrid", "softmax", "swa", "blend", "evicting", "none"] = "hybrid"
     branches: Branches = field(default_factory=Branches)
     window: int | None = None
     sinks: int = 0
-    softmax_weight: Float[Tensor, " H"] | None = None
+    blend: Blend | None = None
     eviction: Eviction | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "evicting" and self.eviction is None:
             raise ValueError("mode 'evicting' needs an eviction: a budget, and what is kept within it.")
+        if self.kind == "blend" and self.blend is None:
+            raise ValueError("mode 'blend' needs a blend: windows, and their weights in each head.")
 
     def same_as(self, other: AttentionMode) -> bool:
         """Whether both run the same; `==` cannot say so where branches differ by row."""
@@ -328,7 +344,8 @@ class HybridMixer(nn.Module):
             )
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,
-            layout=config.layout, overlap=config.overlap, reuse_state=reuse_state and not torch.is_grad_enabled(), **common,
+            layout=config.layout, overlap=config.overlap,
+            reuse_state=reuse_state and not torch.is_grad_enabled(), **common,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

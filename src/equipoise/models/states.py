@@ -288,8 +288,8 @@ def _tensors(cache: HybridCache) -> dict[str, Tensor]:
         if isinstance(layer, HybridCacheLayer) and layer.state is not None:
             held = _named(layer.state.settled())  # slots of waiting tokens may hold anything
         for name in held if isinstance(layer, HybridCacheLayer) else held.keys() & set(TENSOR_NAMES):
-            if held[name] is not None:
-                found[f"layers.{index}.{name}"] = held[name].detach().cpu().clone().contiguous()
+            if (tensor := held[name]) is not None:
+                found[f"layers.{index}.{name}"] = tensor.detach().cpu().clone().contiguous()
     return found
 
 

@@ -95,14 +95,16 @@ def head_windows_attention(
 
 
 def _states_of(state: AttentionState | None, count: int) -> list[AttentionState | None]:
+    states: list[AttentionState | None] = [None] * count
     if state is None:
-        return [None] * count
+        return states
     if len(state.others) != count - 1:
         raise ValueError(
             f"expected initial_state of a call with {count} different windows, got one of "
             f"{len(state.others) + 1}."
         )
-    return [replace(state, others=()), *state.others]
+    states[:] = replace(state, others=()), *state.others
+    return states
 
 
 def _joined(states: Sequence[AttentionState | None]) -> AttentionState | None:

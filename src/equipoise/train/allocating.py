@@ -79,8 +79,7 @@ def as_dict(allocation: Allocation) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Allocation:
     """The other way."""
-    curves = [{int(window): loss for window, loss in curve.items()} for curve in values["curves"]]
-    known: dict[str, Any] = {**values, "hybrid": HybridConfig(**values["hybrid"]), "curves": curves}
+    known: dict[str, Any] = {**values, "hybrid": HybridConfig(**values["hybrid"])}
     return Allocation(**known)
 
 
@@ -96,9 +95,10 @@ def described(allocation: Allocation) -> list[str]:
             "  note: these rows hardly look past the windows, so there is little that linear branches could "
             "learn from them. Give longer documents as --data, or fewer --state-bytes."
         )
-    for index, window, heads in zip(
+    for index, windows, heads in zip(
         allocation.layers, allocation.windows, allocation.linear_heads, strict=True
     ):
         linear = f", linear attention in heads {', '.join(map(str, heads))}" if heads else ""
-        lines.append(f"  layer {index}: window {window}{linear}")
+        sizes = f"window {windows[0]}" if len(set(windows)) == 1 else f"windows {' '.join(map(str, windows))}"
+        lines.append(f"  layer {index}: {sizes}{linear}")
     return lines

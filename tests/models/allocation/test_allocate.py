@@ -11,7 +11,7 @@ from torch import Tensor
 from equipoise.config import AllocationConfig, ConfigError, HybridConfig, parse
 from equipoise.layers.cache import CacheError
 from equipoise.layers.interface import mixers_of
-from equipoise.layers.mixer import AttentionMode
+from equipoise.layers.mixer import AttentionMode, Blend
 from equipoise.models.allocation import allocate
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import branches
@@ -68,20 +68,33 @@ class TestMeasuring:
         half = measured.windowed([2, 2], sinks=0, heads=[[1], []], softmax_share=0.5)
         assert half not in (pytest.approx(none, rel=1e-6), pytest.approx(whole, rel=1e-6))
 
-    def test_importance_adds_up_to_what_windows_lose(self, rows: dict[str, Tensor]) -> None:
+    def test_windows_of_heads(self, measured: DonorDivergence) -> None:
+        alike = measured.windowed([[3, 3], (2, 2)], sinks=1)
+        assert alike == pytest.approx(measured.windowed([3, 2], sinks=1), rel=1e-9)
+        assert measured.windowed([[20, 20], [20, 20]], sinks=0) == pytest.approx(0, abs=1e-12)
+        # query heads 0 and 1 read the first key head, so whole softmax in them makes its window irrelevant
+        first, other = ([[window, 3], [20, 20]] for window in (2, 5))
+        kept: Any = {"sinks": 0, "heads": [[0, 1], []]}
+        assert measured.windowed(first, **kept) == pytest.approx(measured.windowed(other, **kept), rel=1e-9)
+        assert measured.windowed(first, sinks=0) != pytest.approx(measured.windowed(other, sinks=0), rel=1e-6)
+
+    def test_worth_adds_up_to_what_windows_lose(self, rows: dict[str, Tensor]) -> None:
         model = hybridize(donor(2.0), HybridConfig(window=4, feature_map=None), check=False)
         measured = DonorDivergence(model, rows, batch_size=3)
-        found = measured.head_importance([2, 2], sinks=0, steps=16)
-        assert found.shape == (2, 4)
+        found = measured.worth([2, 4, 20], sinks=0, steps=16)
+        assert found.shape == (2, 4, 3)
         assert float(found.sum()) == pytest.approx(measured.windowed([2, 2], sinks=0), rel=0.02)
+        assert float(found[..., 2].abs().max()) < 1e-12  # from the whole text to the whole text
+        whole = measured.worth([2], sinks=0, steps=16)
+        torch.testing.assert_close(found.sum(-1, keepdim=True), whole, rtol=1e-6, atol=1e-9)
 
-    def test_importance_finds_the_only_head_that_is_read(self, rows: dict[str, Tensor]) -> None:
+    def test_worth_is_of_the_only_head_that_is_read(self, rows: dict[str, Tensor]) -> None:
         model = donor()
         with torch.no_grad():  # the output projection reads head 2 of layer 1 alone, and nothing of layer 0
             model.model.layers[0].self_attn.o_proj.weight.zero_()
             model.model.layers[1].self_attn.o_proj.weight[:, torch.arange(32) // 8 != 2] = 0
         hybridize(model, HybridConfig(window=4, feature_map=None), check=False)
-        found = DonorDivergence(model, rows, batch_size=3).head_importance([2, 2], sinks=0)
+        found = DonorDivergence(model, rows, batch_size=3).worth([2, 4], sinks=0).sum(-1)
         others = found.clone()
         others[1, 2] = 0
         assert found[1, 2] > 1e-4
@@ -90,18 +103,16 @@ class TestMeasuring:
     def test_batches_do_not_matter(self, measured: DonorDivergence, rows: dict[str, Tensor]) -> None:
         whole = DonorDivergence(measured.model, rows, batch_size=3)
         assert measured.windowed([3, 2], sinks=1) == pytest.approx(whole.windowed([3, 2], sinks=1), rel=1e-9)
-        torch.testing.assert_close(
-            measured.head_importance([3, 2], sinks=1), whole.head_importance([3, 2], sinks=1)
-        )
+        torch.testing.assert_close(measured.worth([2, 3], sinks=1), whole.worth([2, 3], sinks=1))
 
     def test_modes_come_back(self, measured: DonorDivergence) -> None:
         before = [mixer.mode for mixer in mixers_of(measured.model)]
         measured.windowed([3, 3], sinks=0)
-        measured.head_importance([3, 3], sinks=0, steps=1)
+        measured.worth([3], sinks=0, steps=1)
         assert [mixer.mode for mixer in mixers_of(measured.model)] == before
 
     def test_blends_keep_no_cache(self, measured: DonorDivergence) -> None:
-        mode = AttentionMode("blend", window=3, softmax_weight=torch.ones(4))
+        mode = AttentionMode("blend", blend=Blend((3,), torch.ones(1, 4)))
         with branches(measured.model, mode), pytest.raises(CacheError, match="use_cache=False"):
             measured.model(random_tokens(1, 5), use_cache=True)
 
@@ -112,13 +123,16 @@ class TestAllocate:
             found = allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": budget}))
             assert found.state_bytes <= budget
             assert (
-                budget - found.state_bytes < 2 * 64 or max(found.windows) == 20
-            )  # less than a token a layer
+                budget - found.state_bytes < 4 * 32 or max(map(max, found.windows)) == 20
+            )  # less than a token a head
             assert any(found.linear_heads)
             model = hybridize(donor(), found.hybrid)
             assert state_bytes(model) == found.state_bytes
-            for mixer, window, heads in zip(mixers_of(model), found.windows, found.linear_heads, strict=True):
-                assert mixer.config.window == window
+            for mixer, windows, heads in zip(
+                mixers_of(model), found.windows, found.linear_heads, strict=True
+            ):
+                assert mixer.config.window == max(windows)
+                assert list(mixer.config.head_windows or (mixer.config.window,) * 2) == windows
                 assert mixer.has_both == bool(heads)
                 assert list(mixer.config.linear_heads or ()) == heads
 
@@ -142,7 +156,7 @@ class TestAllocate:
         with torch.no_grad():
             model.model.layers[0].self_attn.o_proj.weight.zero_()
         found = allocate(model, rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 1_500}))
-        assert found.windows[0] == 2
+        assert found.windows[0] == [2, 2]
         assert found.linear_heads[0] == []
         assert found.divergence["shared"] < found.divergence["even"]
 
@@ -156,6 +170,18 @@ class TestAllocate:
         )
         assert own == pytest.approx(min(found.divergence.values()))
         assert own <= found.divergence["even"]
+
+    def test_moves_make_it_better(self, rows: dict[str, Tensor]) -> None:
+        settings = SETTINGS.model_copy(update={"state_bytes": 1_500})
+        plain = allocate(donor(), rows, HYBRID, settings)
+        done: list[tuple[int, int]] = []
+        found = allocate(
+            donor(), rows, HYBRID, settings.model_copy(update={"moves": 80}),
+            seen=lambda now, total: done.append((now, total)),
+        )  # fmt: skip
+        assert found.divergence["moved"] < min(plain.divergence.values())
+        assert found.state_bytes == plain.state_bytes
+        assert done[-1][0] <= done[-1][1] == 3 * 6 + 2 + 81
 
     def test_the_donor_is_as_it_was(self, rows: dict[str, Tensor]) -> None:
         model = donor().train()

@@ -7,7 +7,14 @@ import itertools
 import pytest
 
 from equipoise.config import ConfigError
-from equipoise.models.allocation.choosing import Costs, chosen_heads, even_windows, hull, share_windows
+from equipoise.models.allocation.choosing import (
+    Costs,
+    chosen_heads,
+    even_windows,
+    hull,
+    improved,
+    share_windows,
+)
 
 CURVES = (
     {2: 1.0, 4: 0.5, 8: 0.3, 16: 0.25},
@@ -40,6 +47,35 @@ def test_what_no_curve_can_use_is_left() -> None:
     assert share_windows([{2: 1.0, 4: 0.5}, {2: 1.0, 4: 1.0}], 50) == [4, 2]
 
 
+class TestImproved:
+    @staticmethod
+    def loss(windows: list[int]) -> float:
+        """Least at 30, 6, 4 of 40 tokens; heads depend on one another."""
+        one, two, three = windows
+        return 1e-2 * ((one - 30) ** 2 + (two - 6) ** 2 + (three - 4) ** 2 + (one - 30) * (two - 6))
+
+    def test_it_finds_the_least(self) -> None:
+        found = improved([14, 13, 13], self.loss, smallest=2, measurements=500)
+        assert sum(found) == 40
+        assert self.loss(found) <= 0.02  # moves are of two tokens at least
+
+    def test_it_stops_in_time_and_never_gets_worse(self) -> None:
+        for allowed in (0, 1, 5, 9, 20, 60):
+            seen: list[list[int]] = []
+
+            def counted(windows: list[int], seen: list[list[int]] = seen) -> float:
+                seen.append(windows)
+                return self.loss(windows)
+
+            found = improved([14, 13, 13], counted, smallest=2, measurements=allowed)
+            assert len(seen) <= allowed
+            assert self.loss(found) <= self.loss([14, 13, 13])
+
+    def test_no_window_is_shorter_than_the_smallest(self) -> None:
+        found = improved([10, 10], lambda windows: -float(windows[0]), smallest=5, measurements=500)
+        assert found == [14, 6]
+
+
 def test_hull() -> None:
     assert hull(CURVES[2]) == [(2, 0.9), (8, 0.1), (16, 0.09)]
     assert hull({2: 0.5, 4: 0.7, 8: 0.2}) == [(2, 0.5), (8, 0.2)]  # noise: a larger window is no worse
@@ -47,7 +83,7 @@ def test_hull() -> None:
 
 def test_too_little() -> None:
     with pytest.raises(
-        ConfigError, match=r"at least 6 window tokens over 3 layers, got 5: raise --state-bytes"
+        ConfigError, match=r"at least 6 window tokens over 3 heads, got 5: raise --state-bytes"
     ):
         share_windows(CURVES, 5)
     with pytest.raises(ConfigError, match="raise --state-bytes"):

@@ -11,39 +11,53 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from equipoise.config import AllocationConfig, ConfigError, HybridConfig
-from equipoise.models.allocation.choosing import Costs, Curve, chosen_heads, even_windows, share_windows
+from equipoise.models.allocation.choosing import (
+    Costs,
+    chosen_heads,
+    curve_of,
+    even_windows,
+    improved,
+    share_windows,
+)
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import KV_BYTES, STATE_BYTES
 from equipoise.models.surgery import hybridize, revert
 
 STEPS = 6
-"""Points of the path along which heads' importance is integrated."""
+"""Points of the path along which the worth of windows is integrated."""
+LADDER = 16
+"""From this window on, sizes are measured between two doublings too."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What each layer was given, and what that rests on.
+    """What each head was given, and what that rests on.
 
     Attributes:
         hybrid: the settings, with ``per_layer`` filled in.
         state_bytes, budget: what the state takes, and what it might.
         layers: indices of the converted layers, in the order of the lists below.
-        windows, linear_heads: what each was given.
-        importance: nats per token that full softmax restores in each head, a list for each layer.
-        curves: divergence from the donor by window of one layer alone, in nats per token.
-        divergence: from the donor, in nats per token, of untrained windows ``shared`` by the curves and in
-            ``even`` parts; heads that get a linear branch with ``linear_credit`` of full softmax.
+        windows: by layer, of each key/value head.
+        linear_heads: by layer, the query heads that have a linear branch.
+        importance: nats per token that what lies beyond even windows restores, by layer and query head.
+        sizes: windows that were measured.
+        worth: nats per token that each widening from one size to the next restores, the last one to
+            full softmax; by layer and query head.
+        divergence: from the donor, in nats per token, of untrained windows ``shared`` by worth, in ``even``
+            parts, and ``moved`` from the better of these; heads that get a linear branch with
+            ``linear_credit`` of full softmax.
     """
 
     hybrid: HybridConfig
     state_bytes: int
     budget: int
     layers: list[int]
-    windows: list[int]
+    windows: list[list[int]]
     linear_heads: list[list[int]]
     importance: list[list[float]]
-    curves: list[dict[int, float]]
+    sizes: list[int]
+    worth: list[list[list[float]]]
     divergence: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -58,13 +72,12 @@ def allocate(
 ) -> Allocation:
     """Share the bytes of a state between a donor's layers and heads.
 
-    First the heads: full softmax is blended into windows head by head, and the divergence's gradient along
-    the way says what each head restores (`DonorDivergence.head_importance`). The most important ones get a
-    linear branch, as many as ``linear_share`` of the bytes pay for. What is left buys windows: each layer's
-    loss by window is measured with all other layers in full, and tokens go where those curves fall most.
-    Heads with a linear branch count there as if it gave ``linear_credit`` of what full softmax would. Layers
-    are not independent, so the result is measured against the same bytes shared evenly, and the better
-    of the two is taken.
+    Every head goes from the smallest window to full softmax by widenings, and the divergence's gradient along
+    the way says what each of them restores (`DonorDivergence.worth`). The heads where most is restored beyond
+    even windows get a linear branch, as many as ``linear_share`` of the bytes pay for. What is left buys
+    windows, a token at a time where most is restored; in heads with a linear branch only the share counts
+    that it is not credited with. Heads are not independent, so the result is measured against the same
+    bytes shared evenly, and the better of the two is taken; ``moves`` improve it further.
 
     Args:
         model: an unconverted donor; unchanged when the call returns.
@@ -98,8 +111,10 @@ def allocate(
 
 
 def _check(hybrid: HybridConfig) -> None:
-    if hybrid.per_layer or hybrid.linear_heads is not None:
-        raise ConfigError("allocation chooses per_layer and linear_heads itself: leave them out.")
+    if hybrid.per_layer or hybrid.linear_heads is not None or hybrid.head_windows is not None:
+        raise ConfigError(
+            "allocation chooses per_layer, linear_heads and head_windows itself: leave them out."
+        )
     if hybrid.layout != "sliding":
         raise ConfigError("allocation shares sliding windows: set hybrid.layout to sliding.")
     if hybrid.window is None or hybrid.feature_map is None:
@@ -117,37 +132,52 @@ def _allocate(
     seen: Callable[[int, int], None],
 ) -> Allocation:
     mixers = converted_mixers(model)
-    costs = _costs(mixers, hybrid)
+    costs, count = _costs(mixers, hybrid), sum(mixer.kv_heads for mixer in mixers)
     budget = budget_of(model, hybrid, settings)
-    floor = costs.windows([settings.smallest_window] * len(mixers))
+    floor = costs.windows([settings.smallest_window] * count)
     if budget < floor + costs.head:
         raise ConfigError(
             f"expected a state of at least {floor + costs.head:,} bytes (windows of "
             f"{settings.smallest_window} + {hybrid.sinks} tokens in {len(mixers)} layers, and one linear "
             f"branch), got {budget:,}: raise --state-bytes, or lower hybrid.feature_multiple."
         )
-    sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget, costs)
+    measured = _Measured(
+        model, inputs, hybrid.sinks, settings.linear_credit, batch_size, seen, settings.moves
+    )
+    sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget // costs.token)
+    worth = measured.worth(sizes)
+    even = _tokens_left(budget, 0, costs, count) // count
+    importance = [[_beyond(values, sizes, even) for values in row] for row in worth]
+    if max(map(max, importance)) <= 0:  # rows too short to look past even windows
+        importance = [[sum(values) for values in row] for row in worth]
     most = max(1, min(int(settings.linear_share * budget), budget - floor) // costs.head)
-    measured = _Measured(model, inputs, hybrid.sinks, settings.linear_credit, batch_size, seen)
-    measured.expect(2 * STEPS + len(mixers) * len(sizes) + 2)
-
-    base = [_tokens_left(budget, 0, costs, len(mixers)) // len(mixers)] * len(mixers)
-    importance = measured.importance(base)
     heads = chosen_heads(importance, most=most, least_share=settings.least_importance)
-    tokens = _tokens_left(budget, sum(map(len, heads)), costs, len(mixers))
-    curves = [measured.curve(layer, sizes, heads) for layer in range(len(mixers))]
+    tokens = _tokens_left(budget, sum(map(len, heads)), costs, count)
+    curves = [
+        curve_of(total, sizes)
+        for mixer, row, linear in zip(mixers, worth, heads, strict=True)
+        for total in _by_key_head(mixer, row, linear, settings.linear_credit)
+    ]
     shapes = {
-        "shared": share_windows(curves, tokens),
-        "even": even_windows(len(mixers), tokens),
+        "shared": _by_layer(mixers, share_windows(curves, tokens)),
+        "even": _by_layer(mixers, even_windows(count, tokens)),
     }
     divergence = {name: measured.windows(windows, heads) for name, windows in shapes.items()}
     windows = shapes[min(shapes, key=lambda name: divergence[name])]
+    if settings.moves:
+        flat = improved(
+            [window for of in windows for window in of],
+            lambda tried: measured.windows(_by_layer(mixers, tried), heads),
+            smallest=settings.smallest_window, measurements=settings.moves,
+        )  # fmt: skip
+        windows = _by_layer(mixers, flat)
+        divergence["moved"] = measured.windows(windows, heads)
     indices = [mixer.layer_idx for mixer in mixers]
     return Allocation(
         hybrid=_settings(hybrid, indices, windows, heads),
-        state_bytes=costs.windows(windows) + costs.head * sum(map(len, heads)), budget=budget,
-        layers=indices, windows=windows, linear_heads=[list(of) for of in heads], importance=importance,
-        curves=[dict(curve) for curve in curves], divergence=divergence,
+        state_bytes=costs.windows([w for of in windows for w in of]) + costs.head * sum(map(len, heads)),
+        budget=budget, layers=indices, windows=windows, linear_heads=[list(of) for of in heads],
+        importance=importance, sizes=sizes, worth=worth, divergence=divergence,
     )  # fmt: skip
 
 
@@ -155,32 +185,63 @@ def budget_of(model: Any, hybrid: HybridConfig, settings: AllocationConfig) -> i
     """Bytes of decode state that an allocation may use, for a converted model of these shapes."""
     mixers = converted_mixers(model)
     assert hybrid.window is not None
-    return settings.state_bytes or _costs(mixers, hybrid).windows([hybrid.window] * len(mixers))
+    count = sum(mixer.kv_heads for mixer in mixers)
+    return settings.state_bytes or _costs(mixers, hybrid).windows([hybrid.window] * count)
 
 
 def _costs(mixers: Sequence[Any], hybrid: HybridConfig) -> Costs:
-    token = {2 * mixer.kv_heads * mixer.head_dim * KV_BYTES for mixer in mixers}
-    head = {hybrid.feature_multiple * m.head_dim * (m.head_dim + 1) * STATE_BYTES for m in mixers}
-    if len(token) > 1 or len(head) > 1:
+    sizes = {mixer.head_dim for mixer in mixers}
+    if len(sizes) > 1:
         raise ConfigError("allocation expects layers whose keys and values are of one size.")
-    return Costs(token=token.pop(), head=head.pop(), sinks=hybrid.sinks)
+    size = sizes.pop()
+    head = hybrid.feature_multiple * size * (size + 1) * STATE_BYTES
+    return Costs(token=2 * size * KV_BYTES, head=head, sinks=hybrid.sinks)
 
 
-def _tokens_left(budget: int, heads: int, costs: Costs, layers: int) -> int:
-    return (budget - heads * costs.head) // costs.token - layers * costs.sinks
+def _tokens_left(budget: int, linear: int, costs: Costs, heads: int) -> int:
+    return (budget - linear * costs.head) // costs.token - heads * costs.sinks
 
 
-def _sizes(smallest: int, length: int, budget: int, costs: Costs) -> list[int]:
-    """Windows to measure: doubling from the smallest, to the text's length or what one layer could have."""
-    most = min(length, budget // costs.token)
-    sizes = [smallest]
+def _sizes(smallest: int, length: int, tokens: int) -> list[int]:
+    """Windows to measure, up to the text or what one head could have: 4, 8, 16, 24, 32, 48, 64, 96, ..."""
+    most, sizes = min(length, tokens), [smallest]
     while sizes[-1] < most:
-        sizes.append(min(2 * sizes[-1], most))
+        doubled, last = 2 * sizes[-1], sizes[-1]
+        if last >= LADDER:  # halfway there first
+            sizes.append(min(3 * last // 2, most))
+        if sizes[-1] < most:
+            sizes.append(min(doubled, most))
     return sizes
 
 
+def _beyond(worth: Sequence[float], sizes: Sequence[int], window: int) -> float:
+    """Of widenings from a window on, the one around it in part."""
+    stops = [*sizes[1:], sizes[-1] + 1]
+    return sum(
+        value * min(1.0, max(0.0, (stop - window) / (stop - start)))
+        for value, start, stop in zip(worth, sizes, stops, strict=True)
+    )
+
+
+def _by_key_head(
+    mixer: Any, worth: Sequence[Sequence[float]], linear: Sequence[int], credit: float
+) -> list[list[float]]:
+    """What widenings restore in the query heads that share a window, less what linear branches will."""
+    shared = mixer.heads // mixer.kv_heads
+    owed = [[value * (1 - credit * (head in linear)) for value in worth[head]] for head in range(mixer.heads)]
+    return [
+        [sum(values) for values in zip(*owed[start : start + shared], strict=True)]
+        for start in range(0, mixer.heads, shared)
+    ]
+
+
+def _by_layer(mixers: Sequence[Any], windows: Sequence[int]) -> list[list[int]]:
+    left = iter(windows)
+    return [[next(left) for _ in range(mixer.kv_heads)] for mixer in mixers]
+
+
 class _Measured:
-    """Measurements, and how many of their batches are done."""
+    """Measurements, and how many of their batches are done; a pass with gradients counts for three."""
 
     def __init__(
         self,
@@ -190,47 +251,40 @@ class _Measured:
         credit: float,
         batch_size: int,
         seen: Callable[[int, int], None],
+        moves: int,
     ) -> None:
-        self.done, self.total, self.seen, self.sinks, self.credit = 0, 0, seen, sinks, credit
+        self.done, self.seen, self.sinks, self.credit = 0, seen, sinks, credit
+        self.weight = 1
         self.donor = DonorDivergence(model, inputs, batch_size=batch_size, tick=self._tick)
-        self.layers = len(self.donor.mixers)
+        self.total = (3 * STEPS + 2 + (moves and moves + 1)) * self.donor.batches
 
-    def expect(self, measurements: int) -> None:
-        """Say how many measurements will come, a step of importance counting two for its backward pass."""
-        self.total = measurements * self.donor.batches
+    def _tick(self) -> None:
+        self.done += self.weight
+        self.seen(self.done, self.total)
 
-    def _tick(self, weight: int = 1) -> None:
-        self.done += weight
-        self.seen(min(self.done, self.total), self.total)
+    def worth(self, sizes: Sequence[int]) -> list[list[list[float]]]:
+        self.weight = 3
+        found = self.donor.worth(sizes, sinks=self.sinks, steps=STEPS)
+        self.weight = 1
+        # a tensor has as many heads as the widest layer
+        return [row[: mixer.heads].tolist() for row, mixer in zip(found, self.donor.mixers, strict=True)]
 
-    def importance(self, windows: Sequence[int]) -> list[list[float]]:
-        found = self.donor.head_importance(windows, sinks=self.sinks, steps=STEPS)
-        self._tick(STEPS * self.donor.batches)
-        return found.tolist()
-
-    def curve(self, layer: int, sizes: Sequence[int], heads: Sequence[Sequence[int]]) -> Curve:
-        def loss(window: int) -> float:
-            windows: list[int | None] = [None] * self.layers
-            windows[layer] = window
-            return self._windowed(windows, heads)
-
-        return {window: loss(window) for window in sizes}
-
-    def windows(self, windows: Sequence[int], heads: Sequence[Sequence[int]]) -> float:
-        return self._windowed(windows, heads)
-
-    def _windowed(self, windows: Sequence[int | None], heads: Sequence[Sequence[int]]) -> float:
+    def windows(self, windows: Sequence[Sequence[int]], heads: Sequence[Sequence[int]]) -> float:
         return self.donor.windowed(windows, sinks=self.sinks, heads=heads, softmax_share=self.credit)
 
 
 def _settings(
-    hybrid: HybridConfig, layers: Sequence[int], windows: Sequence[int], heads: Sequence[Sequence[int]]
+    hybrid: HybridConfig,
+    layers: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    heads: Sequence[Sequence[int]],
 ) -> HybridConfig:
     """The settings with each layer's own; the model's are those of the largest window."""
     own: dict[int, dict[str, Any]] = {}
-    for index, window, chosen in zip(layers, windows, heads, strict=True):
+    for index, of, chosen in zip(layers, windows, heads, strict=True):
         none = {"feature_map": None, "gate": "fixed", "write_gate": "none"}
         linear: dict[str, Any] = {"linear_heads": list(chosen)} if chosen else none
-        own[index] = {"window": window, **linear}
-    values: dict[str, Any] = {**hybrid.model_dump(), "window": max(windows), "per_layer": own}
+        by_head: dict[str, Any] = {"head_windows": list(of)} if len(set(of)) > 1 else {}
+        own[index] = {"window": max(of), **by_head, **linear}
+    values: dict[str, Any] = {**hybrid.model_dump(), "window": max(map(max, windows)), "per_layer": own}
     return HybridConfig(**values)

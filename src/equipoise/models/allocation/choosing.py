@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from equipoise.config import ConfigError
 
 Curve = Mapping[int, float]
-"""Loss of one layer by window, in nats per token."""
+"""Loss by the window of one head (or of whatever shares a window), in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Costs:
     """What state costs in one model, in bytes.
 
     Attributes:
-        token: of one more token in one layer's window: K and V of all its key/value heads.
+        token: of one more token in one head's window: its K and V.
         head: of one head's linear branch: S and z.
         sinks: tokens that join every window and are paid for too.
     """
@@ -31,7 +32,7 @@ class Costs:
     sinks: int
 
     def windows(self, tokens: Sequence[int]) -> int:
-        """Of the windows of all layers, sinks included."""
+        """Of the windows of all heads, sinks included."""
         return self.token * sum(window + self.sinks for window in tokens)
 
 
@@ -55,9 +56,9 @@ def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
 
 
 def share_windows(curves: Sequence[Curve], tokens: int) -> list[int]:
-    """Windows that minimise the sum of the layers' losses, each read off its hull, within ``tokens`` in all.
+    """Windows that minimise the sum of the heads' losses, each read off its hull, within ``tokens`` in all.
 
-    Every layer has the smallest window of its curve at least. What no curve can use (windows beyond the
+    Every head has the smallest window of its curve at least. What no curve can use (windows beyond the
     largest measured) is left over.
 
     Raises:
@@ -68,37 +69,90 @@ def share_windows(curves: Sequence[Curve], tokens: int) -> list[int]:
     left = tokens - sum(windows)
     if left < 0:
         raise ConfigError(
-            f"expected a state of at least {sum(windows)} window tokens over {len(curves)} layers, got "
+            f"expected a state of at least {sum(windows)} window tokens over {len(curves)} heads, got "
             f"{tokens}: raise --state-bytes."
         )
-    # segments of one layer come in order of their slopes, because hulls are convex
+    # segments of one head come in order of their slopes, because hulls are convex
     segments = [
-        (_slope(start, stop), layer, stop[0] - start[0])
-        for layer, points in enumerate(hulls)
+        (_slope(start, stop), head, stop[0] - start[0])
+        for head, points in enumerate(hulls)
         for start, stop in itertools.pairwise(points)
     ]
     heapq.heapify(segments)
     while segments and left:
-        slope, layer, length = heapq.heappop(segments)
+        slope, head, length = heapq.heappop(segments)
         if slope >= 0:
             break
-        windows[layer] += min(length, left)
+        windows[head] += min(length, left)
         left -= min(length, left)
     return windows
 
 
-def even_windows(layers: int, tokens: int) -> list[int]:
-    """The same window in every layer, the first ones a token longer where it does not divide.
+def even_windows(heads: int, tokens: int) -> list[int]:
+    """The same window in every head, the first ones a token longer where it does not divide.
 
     Raises:
-        ConfigError: less than a token a layer.
+        ConfigError: less than a token a head.
     """
-    if tokens < layers:
+    if tokens < heads:
         raise ConfigError(
-            f"expected a state of at least one window token in each of {layers} layers, got {tokens}: raise "
+            f"expected a state of at least one window token in each of {heads} heads, got {tokens}: raise "
             "--state-bytes."
         )
-    return [tokens // layers + (layer < tokens % layers) for layer in range(layers)]
+    return [tokens // heads + (head < tokens % heads) for head in range(heads)]
+
+
+def improved(
+    windows: Sequence[int], loss: Callable[[list[int]], float], *, smallest: int, measurements: int
+) -> list[int]:
+    """Windows after moves of tokens from one head to another, for as long as that makes the loss smaller.
+
+    First 16 tokens at a time, then 8, 4, 2. Each round measures what every head would lose by giving and gain
+    by taking, then tries pairs, the most promising first, and takes the first that is better.
+
+    Args:
+        windows: to start from.
+        loss: of windows, to be measured.
+        smallest: no window gets shorter.
+        measurements: stop after so many.
+    """
+    best, left = list(windows), measurements
+
+    def measured(tried: list[int]) -> float:
+        nonlocal left
+        left -= 1
+        return loss(tried)
+
+    def moved(place: int, tokens: int, of: list[int]) -> list[int]:
+        return [window + tokens * (at == place) for at, window in enumerate(of)]
+
+    least = measured(best) if left > 0 else math.inf
+    for step in MOVES:
+        better = True
+        while better and left > 2 * len(best):
+            better = False
+            givers = [place for place, window in enumerate(best) if window - step >= smallest]
+            give = sorted(givers, key=lambda place: measured(moved(place, -step, best)))
+            take = sorted(range(len(best)), key=lambda place: measured(moved(place, step, best)))
+            for giver, taker in itertools.product(give[:PAIRS], take[:PAIRS]):
+                tried = moved(taker, step, moved(giver, -step, best))
+                if giver == taker or left <= 0:
+                    continue
+                if (found := measured(tried)) < least - NOTICED:
+                    best, least, better = tried, found, True
+                    break
+    return best
+
+
+MOVES, PAIRS = (16, 8, 4, 2), 4
+"""Tokens that are moved at a time; heads that are tried as givers and takers in one round."""
+NOTICED = 1e-4
+"""Nats per token: a move must be worth so much."""
+
+
+def curve_of(worth: Sequence[float], sizes: Sequence[int]) -> Curve:
+    """What is still lost at each window, of what every widening restores: the last one to full softmax."""
+    return {size: sum(worth[place:]) for place, size in enumerate(sizes)}
 
 
 def chosen_heads(

@@ -1,6 +1,6 @@
 """What windows cost a donor, by layer and head: divergences of its predictions on a few rows.
 
-Shapes: B rows of T tokens, L converted layers, H query heads, V words of the vocabulary.
+Shapes: B rows of T tokens, L converted layers, H query heads, J window sizes, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from equipoise.layers.mixer import AttentionMode, HybridMixer
+from equipoise.layers.mixer import AttentionMode, Blend, HybridMixer
 from equipoise.models.branches import converted_mixers
 from equipoise.models.divergence import divergence, log_probabilities
 
 SOFTMAX = AttentionMode("softmax")
+Windows = int | Sequence[int] | None
+"""Of a layer: tokens in all heads, or in each key/value head; None for full softmax."""
 Tick = Callable[[], None]
 
 
@@ -58,31 +60,24 @@ class DonorDivergence:
 
     def windowed(
         self,
-        windows: Sequence[int | None],
+        windows: Sequence[Windows],
         *,
         sinks: int,
         heads: Sequence[Sequence[int]] | None = None,
         softmax_share: float = 1.0,
     ) -> float:
-        """With windows and sinks in the layers, softmax where None; untrained.
+        """With windows and sinks in the layers; untrained.
 
         Args:
-            windows: by converted layer, in tokens.
+            windows: by converted layer: tokens in all heads, or in each key/value head, or softmax if None.
             sinks: tokens that join every window.
-            heads: by layer, those that keep a share of full softmax all the same.
+            heads: by layer, the query heads that keep a share of full softmax all the same.
             softmax_share: which share.
         """
         modes: list[AttentionMode] = []
         for place, (mixer, window) in enumerate(zip(self.mixers, windows, strict=True)):
             kept = () if heads is None or softmax_share == 0 else heads[place]
-            if window is None:
-                modes.append(SOFTMAX)
-            elif kept:
-                weight = torch.zeros(mixer.heads, device=self.model.device)
-                weight[list(kept)] = softmax_share
-                modes.append(AttentionMode("blend", window=window, sinks=sinks, softmax_weight=weight))
-            else:
-                modes.append(AttentionMode("swa", window=window, sinks=sinks))
+            modes.append(_mode(mixer, window, sinks, kept, softmax_share, self.model.device))
         total = 0.0
         with torch.no_grad():
             for batch in self.parts:
@@ -90,28 +85,36 @@ class DonorDivergence:
                 self.tick()
         return total / self.tokens
 
-    def head_importance(self, windows: Sequence[int], *, sinks: int, steps: int = 6) -> Float[Tensor, "L H"]:
-        """Nats per token that full softmax in each head restores over windows: integrated gradients.
+    def worth(self, sizes: Sequence[int], *, sinks: int, steps: int = 6) -> Float[Tensor, "L H J"]:
+        """Nats per token that each widening of each head's window restores: integrated gradients.
 
-        Every head runs (1 - a) window + a softmax, and the divergence's gradient by each head's a is averaged
-        over a = 1 / (2 steps), 3 / (2 steps), …: the path from windows everywhere to the donor (Sundararajan
-        et al. 2017). The values sum to the divergence of windows everywhere, but for the sum's own error.
+        Widening j goes from the j-th of the J sizes to the next one, the last from the largest to softmax.
+        All heads go from the smallest window to the donor together, (1 - a) window + a softmax, and the
+        divergence's gradient by the share of each widening is averaged over a = 1 / (2 steps), 3 / (2
+        steps), ... (Sundararajan et al. 2017). The values sum to the divergence of the smallest windows
+        everywhere, but for the sum's own error.
+
+        Args:
+            sizes: windows in tokens, rising.
+            sinks: tokens that join every window.
+            steps: points of the path; each takes a forward and a backward pass.
         """
-        found = torch.zeros(len(self.mixers), max(mixer.heads for mixer in self.mixers), dtype=torch.float64)
+        most = max(mixer.heads for mixer in self.mixers)
+        found = torch.zeros(len(self.mixers), most, len(sizes), dtype=torch.float64)
+        windows = (*sizes, None)
         for step in range(steps):
-            share = (step + 0.5) / steps
             for batch in self.parts:
-                weights = [
-                    torch.full((mixer.heads,), share, device=self.model.device, requires_grad=True)
+                shares = [
+                    torch.full(
+                        (len(sizes), mixer.heads), (step + 0.5) / steps, device=self.model.device,
+                        requires_grad=True,
+                    )
                     for mixer in self.mixers
-                ]
-                modes = [
-                    AttentionMode("blend", window=window, sinks=sinks, softmax_weight=weight)
-                    for window, weight in zip(windows, weights, strict=True)
-                ]
-                gradients = torch.autograd.grad(self._divergence(batch, modes), weights)
-                for row, gradient in zip(found, gradients, strict=True):
-                    row[: len(gradient)] -= gradient.cpu().double() / (steps * self.tokens)
+                ]  # fmt: skip
+                modes = [AttentionMode("blend", sinks=sinks, blend=_path(windows, share)) for share in shares]
+                gradients = torch.autograd.grad(self._divergence(batch, modes), shares)
+                for rows, gradient in zip(found, gradients, strict=True):
+                    rows[: gradient.shape[1]] -= gradient.T.cpu().double() / (steps * self.tokens)
                 self.tick()
         return found
 
@@ -125,6 +128,32 @@ class DonorDivergence:
 
     def _log_probabilities(self, batch: Mapping[str, Tensor]) -> Tensor:
         return log_probabilities(self.model(**batch, use_cache=False).logits[:, :-1])
+
+
+def _path(windows: tuple[int | None, ...], share: Tensor) -> Blend:
+    """The smallest window, and a share of every widening [J, H]."""
+    ends = share.new_ones(1, share.shape[1]), share.new_zeros(1, share.shape[1])
+    return Blend(windows, torch.cat([ends[0], share]) - torch.cat([share, ends[1]]))
+
+
+def _mode(
+    mixer: HybridMixer, window: Windows, sinks: int, kept: Sequence[int], share: float, device: torch.device
+) -> AttentionMode:
+    """Windows, and in the heads that are kept a share of full softmax."""
+    if window is None:
+        return SOFTMAX
+    own = [window] * mixer.kv_heads if isinstance(window, int) else list(window)
+    sizes = sorted(set(own))
+    if len(sizes) == 1 and not kept:
+        return AttentionMode("swa", window=sizes[0], sinks=sinks)
+    weights = torch.zeros(len(sizes) + 1, mixer.heads, device=device)
+    for head in range(mixer.heads):
+        softmax = share if head in kept else 0.0
+        weights[sizes.index(own[head * mixer.kv_heads // mixer.heads]), head] = 1 - softmax
+        weights[-1, head] = softmax
+    if not kept:
+        return AttentionMode("blend", sinks=sinks, blend=Blend(tuple(sizes), weights[:-1]))
+    return AttentionMode("blend", sinks=sinks, blend=Blend((*sizes, None), weights))
 
 
 @contextmanager
