@@ -47,6 +47,9 @@ class HybridConfig(Settings):
     null."""
     head_windows: tuple[int, ...] | None = None
     """A window for each key/value head, none longer than ``window``; ``window`` in all of them where null."""
+    state_update: Literal["additive", "delta"] = "additive"
+    """How the state takes in a key: additive (linear attention), or by the delta rule, which first removes
+    what the state says of that key. delta needs linear_heads, and the feature map unit."""
     per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 
@@ -89,6 +92,14 @@ class HybridConfig(Settings):
             raise ValueError("head_windows needs layout sliding: terraces are laid out for all heads at once")
         if self.feature_map is not None and self.linear_heads is None:
             raise ValueError("head_windows needs linear_heads: the heads that have the linear branch")
+        return self
+
+    @model_validator(mode="after")
+    def _update(self) -> HybridConfig:
+        if self.state_update == "additive" or self.feature_map is None:
+            return self
+        if self.mixing != "convex" or not self.overlap or self.map_heads != "query":
+            raise ValueError("state_update delta needs mixing convex, overlap true, map_heads query")
         return self
 
     def for_layer(self, index: int) -> HybridConfig:

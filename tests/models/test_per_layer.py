@@ -14,7 +14,7 @@ from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
 from equipoise.audit.measures import measure
 from equipoise.config import ConfigError
 from equipoise.data.packing import EvaluationWindow
-from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate
+from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate, WriteStrength
 from equipoise.layers.interface import mixers_of
 from equipoise.models.families import ConversionError
 from support import normal, random_tokens, tiny_model
@@ -28,7 +28,13 @@ BY_HEAD: dict[str, Any] = {
     1: {"linear_heads": (1, 3), "head_windows": (6, 2)},
 }
 """Windows of single heads too."""
-WAYS = pytest.mark.parametrize("own", [SETTINGS["per_layer"], BY_HEAD], ids=["layers", "heads"])
+DELTA: dict[int, Any] = {
+    i: {**own, "state_update": "delta", **({"feature_map": "unit"} if "linear_heads" in own else {})}
+    for i, own in BY_HEAD.items()
+}
+WAYS = pytest.mark.parametrize(
+    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA], ids=["layers", "heads", "delta"]
+)
 TOKENS = random_tokens(2, 40)
 
 
@@ -100,6 +106,16 @@ def test_windows_of_heads_hold_what_is_counted() -> None:
     assert reach(model) == 3 + 5
 
 
+def test_the_delta_rule_has_no_normaliser() -> None:
+    by_head, delta = (converted(torch.float32, per_layer=own) for own in (BY_HEAD, DELTA))
+    assert state_bytes(by_head) - state_bytes(delta) == 2 * 2 * 8 * 4
+    with torch.no_grad():
+        cache = delta(TOKENS[:1], use_cache=True).past_key_values
+    states = [cache.layers[1].state, *cache.layers[1].state.others]
+    assert [state.linear_state.shape for state in states] == [(1, 1, 16, 8)] * 2
+    assert all(state.linear_normalizer is None for state in states)
+
+
 @pytest.mark.parametrize("own", [{0: {"head_windows": (6, 6)}, 1: {"head_windows": (6, 6)}}, {}])
 def test_windows_of_heads_that_are_all_alike(own: dict[int, Any]) -> None:
     """They change nothing: no number, no byte."""
@@ -169,6 +185,24 @@ def test_the_gate_starts_open_and_scales_what_is_written() -> None:
     )
 
 
+def test_write_strength() -> None:
+    phi = FEATURE_MAPS["unit"](4, 8, 8).double().for_keys()
+    phi.reset_parameters(torch.Generator().manual_seed(0))
+    gated = WriteStrength(phi).double()
+    keys = normal(2, 2, 11, 8)
+    torch.testing.assert_close(
+        gated(keys).norm(dim=-1), torch.full((2, 4, 11), -2.0).double().sigmoid(), rtol=1e-9, atol=0
+    )
+    gated.write_weight.data = normal(4, 8, seed=3)
+    gated.write_bias.data = normal(4, 1, seed=4)
+    exponent = (keys.repeat_interleave(2, 1) * gated.write_weight[:, None]).sum(-1) + gated.write_bias
+    torch.testing.assert_close(gated(keys), phi(keys) * exponent.sigmoid()[..., None])
+    queries = FEATURE_MAPS["unit"](2, 8, 8).double()
+    queries.reset_parameters(torch.Generator().manual_seed(0))
+    queries.log_scale.data.fill_(1.5)
+    torch.testing.assert_close(queries(keys).norm(dim=-1), torch.full((2, 2, 11), 1.5).double().exp())
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -183,11 +217,18 @@ def test_the_gate_starts_open_and_scales_what_is_written() -> None:
         ({"window": 6, "head_windows": (6, 0), "linear_heads": (0,)}, "at least 1 token"),
         ({"window": 6, "head_windows": (6, 2), "layout": "terraced"}, "needs layout sliding"),
         ({"window": 6, "head_windows": (6, 2)}, "needs linear_heads"),
+        ({"state_update": "delta", "mixing": "competing", "linear_heads": (0,)}, "delta needs mixing convex"),
     ],
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         HybridConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"linear_heads": (0,)}, {"feature_map": "unit"}])
+def test_the_delta_rule_needs_single_heads_and_unit_features(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected linear_heads and a feature map of length 1"):
+        hybridize(tiny_model(), HybridConfig(window=6, state_update="delta", **wrong))
 
 
 def test_layers_and_heads_that_are_not_there() -> None:

@@ -229,7 +229,8 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
             if (mixer.config.window if name == "window" else mixer.config.feature_map) is not None:
                 norms = mixer.hybrid(inputs, branches=on)[0].double().norm(dim=-1)
                 totals.add(f"{name}_norm", mixer.layer_idx, rows, (norms * real).sum(-1), real.sum(-1))
-        if mixer.phi_q is None or mixer.phi_k is None:
+        # the delta rule has no weights on keys
+        if mixer.phi_q is None or mixer.phi_k is None or mixer.config.state_update == "delta":
             return
         gate = torch.as_tensor(mixer.gate(inputs.q), dtype=torch.double, device=inputs.q.device)
         gate = mixer.of_linear_heads(gate.expand(*inputs.q.shape[:3]))

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from equipoise.registry import Registry
 
@@ -38,6 +39,8 @@ class FeatureMap(nn.Module, ABC):
     of_keys: bool = False
     """Whether this is the map of keys, for the few maps that treat the two sides differently; the mixer sets
     it by `for_keys`."""
+    unit_length: ClassVar[bool] = False
+    """Whether features of keys have length 1, as the delta rule wants them."""
     kernel: ClassVar[str | None] = None
     """The formula by which `equipoise.ops` may compute this map itself. Not inherited: it holds for the class
     that declares it, as a subclass may have another activation."""
@@ -305,6 +308,37 @@ def orthogonal_gaussian(rows: int, columns: int, generator: torch.Generator) -> 
     return torch.cat(blocks, 1)[:, :columns] * lengths
 
 
+@FEATURE_MAPS.register("unit")
+class Unit(FeatureMap):
+    """xW / |xW|, for queries times a learned factor per head.
+
+    For the delta rule, whose state has no normaliser. Of length 1 a key's features say which key it is; how
+    strongly it is written is for `WriteStrength`.
+    """
+
+    two_sided = False
+    unit_length = True
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        self.log_scale: nn.Parameter | None = nn.Parameter(torch.zeros(heads, 1, 1))
+
+    def for_keys(self) -> FeatureMap:
+        self.log_scale = None
+        return super().for_keys()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """W as in any map; a factor of 1."""
+        super().reset_parameters(generator)
+        if self.log_scale is not None:
+            self.log_scale.zero_()
+
+    def activation(self, projected: Tensor) -> Tensor:
+        unit = functional.normalize(projected, dim=-1)
+        return unit if self.log_scale is None else unit * self.log_scale.to(unit.dtype).exp()
+
+
 class WriteGate(nn.Module):
     """phi(k) exp(k . w), w per map: a key that matters little adds little to S and z, and so to every output.
 
@@ -328,9 +362,37 @@ class WriteGate(nn.Module):
         self.phi.reset_parameters(generator)
         self.write_weight.zero_()
 
-    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
-        """Map and gate a block, shapes as in `FeatureMap.forward`."""
+    def products(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t"]:
+        """k . w."""
         groups = self.heads // x.shape[1]
         weight = self.write_weight.to(x.dtype).view(x.shape[1], groups, -1)
-        exponent = torch.einsum("bhtd,hgd->bhgt", x, weight).flatten(1, 2)
+        return torch.einsum("bhtd,hgd->bhgt", x, weight).flatten(1, 2)
+
+    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
+        """Map and gate a block, shapes as in `FeatureMap.forward`."""
+        exponent = self.products(x)
         return self.phi(x) * exponent.clamp(-self.LIMIT, self.LIMIT).exp()[..., None]
+
+
+class WriteStrength(WriteGate):
+    """phi(k) sigmoid(k . w + b): the share of what the state says of a key that is replaced by its value.
+
+    Starts at sigmoid(-2) = 0.12 for all keys: text hardly writes until training tells which are worth it.
+    """
+
+    INITIAL = -2.0
+
+    def __init__(self, phi: FeatureMap) -> None:
+        super().__init__(phi)
+        self.write_bias = nn.Parameter(torch.full((phi.heads, 1), self.INITIAL))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """The map's own start, and the same strength for all keys."""
+        super().reset_parameters(generator)
+        self.write_bias.fill_(self.INITIAL)
+
+    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
+        """Map and weigh a block, shapes as in `FeatureMap.forward`."""
+        strength = torch.sigmoid(self.products(x) + self.write_bias.to(x.dtype))
+        return self.phi(x) * strength[..., None]

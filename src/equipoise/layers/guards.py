@@ -43,7 +43,8 @@ class NumericalGuard:
 
     @torch.no_grad()
     def __call__(self, mixer: HybridMixer, inputs: LayerInputs) -> None:
-        if mixer.phi_q is None or mixer.phi_k is None:
+        # the delta rule has no denominators, and its features are of length 1
+        if mixer.phi_q is None or mixer.phi_k is None or mixer.config.state_update == "delta":
             return
         seen = mixer.linear_inputs(inputs)
         dtype = accumulation_dtype(seen.q.dtype)

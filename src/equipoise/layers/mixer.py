@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equipoise.config import ConfigError, HybridConfig
-from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate
+from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
 from equipoise.ops.eviction import Eviction, evicting_attention
 from equipoise.ops.head_subset import heads_of, subset_attention
@@ -175,8 +175,14 @@ class HybridMixer(nn.Module):
             self.phi_q = feature_map(count, head_dim, features)
             key_maps = count if config.map_heads == "query" else kv_heads
             self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
+            if config.state_update == "delta" and not (feature_map.unit_length and config.linear_heads):
+                raise ConfigError(
+                    "state_update delta: expected linear_heads and a feature map of length 1 (unit), got "
+                    f"{config.linear_heads} and {config.feature_map}."
+                )
             if config.write_gate == "per_token":
-                self.phi_k = WriteGate(self.phi_k)
+                gated = WriteStrength if config.state_update == "delta" else WriteGate
+                self.phi_k = gated(self.phi_k)
         self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
         self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.gate == "per_token" else None
         self.mode = AttentionMode()
@@ -324,7 +330,7 @@ class HybridMixer(nn.Module):
         if head_windows is not None:
             return head_windows_attention(
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
-                heads=config.linear_heads or (), mixing=config.mixing, **common,
+                heads=config.linear_heads or (), mixing=config.mixing, update=config.state_update, **common,
             )  # fmt: skip
         if config.linear_heads is not None:
             assert phi_q is not None
@@ -339,6 +345,7 @@ class HybridMixer(nn.Module):
                 heads=config.linear_heads,
                 window=window,
                 mixing=config.mixing,
+                update=config.state_update,
                 layout=config.layout,
                 **common,
             )

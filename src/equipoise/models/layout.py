@@ -165,8 +165,14 @@ def state_bytes(model: nn.Module) -> int:
         if config.feature_map is not None:
             heads = mixer.heads if config.map_heads == "query" else mixer.kv_heads
             heads = heads if config.linear_heads is None else len(config.linear_heads)
-            total += heads * config.feature_multiple * size * (size + 1) * STATE_BYTES
+            total += heads * linear_head_bytes(config, size)
     return total
+
+
+def linear_head_bytes(config: HybridConfig, head_dim: int) -> int:
+    """Of S and z of one head; the delta rule has no z."""
+    columns = head_dim + (config.state_update == "additive")
+    return config.feature_multiple * head_dim * columns * STATE_BYTES
 
 
 def equal_window(model: nn.Module, *, sinks: int = 4) -> int:

@@ -119,6 +119,36 @@ def _check_masks(call: Call) -> None:
             )
 
 
+def check_delta(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None,
+    state: AttentionState | None,
+) -> None:  # fmt: skip
+    """Raise a ValueError where the arguments of `delta_attention` do not fit together."""
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"expected q, k and v of the same heads and tokens, got {list(q.shape)}, {list(k.shape)} and "
+            f"{list(v.shape)}."
+        )
+    for name, tensor in (("key_mask", key_mask), ("segment_ids", segment_ids)):
+        if tensor is not None and tensor.shape != (q.shape[0], q.shape[2]):
+            raise ValueError(
+                f"expected {name} of shape {[q.shape[0], q.shape[2]]}, got {list(tensor.shape)}."
+            )
+    if state is None:
+        return
+    if state.linear_state is None or state.linear_normalizer is not None:
+        raise ValueError(
+            "expected initial_state of the delta rule: one with a linear state and no normaliser."
+        )
+    if state.linear_state.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"expected initial_state of {list(q.shape[:2])} rows and heads, got "
+            f"{list(state.linear_state.shape[:2])}."
+        )
+    if (state.folded_segment is None) != (segment_ids is None):
+        raise ValueError("expected segment_ids in every part of a split sequence or in none.")
+
+
 def _check_mixing(call: Call) -> None:
     MIXING_RULES[call.mixing]  # raises with a suggestion
     if not isinstance(call.gate, Tensor):

@@ -10,8 +10,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equipoise.ops.delta import delta_attention
 from equipoise.ops.hybrid import hybrid_attention, linear_attention, window_attention
-from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, Layout, accumulation_dtype
+from equipoise.ops.types import (
+    AttentionState,
+    Branches,
+    FeatureMapLike,
+    Layout,
+    StateUpdate,
+    accumulation_dtype,
+)
 
 _LINEAR_FIELDS = (
     "linear_state", "linear_normalizer", "folded", "folded_segment", "pending", "pending_features",
@@ -40,6 +48,7 @@ def subset_attention(
     heads: Sequence[int],
     window: int,
     mixing: str = "convex",
+    update: StateUpdate = "additive",
     layout: Layout = "sliding",
     gate: float | Tensor = 0.5,
     scale: float | None = None,
@@ -60,6 +69,7 @@ def subset_attention(
     Args:
         heads: indices of the h query heads, in order.
         phi_q, phi_k: features, or maps, of those heads.
+        update: how S takes in a key: ``additive``, or by the ``delta`` rule (convex mixing only).
 
     Other arguments, returns and errors as in `hybrid_attention`.
     """
@@ -75,7 +85,8 @@ def subset_attention(
     index, chosen = torch.tensor(heads, device=q.device), heads_of(heads, q, k, v)
     share = _of_heads(gate, q, index)
     if mixing == "convex":  # a mean of two results, of which one is there already
-        far, linear_state = linear_attention(*chosen, phi_q, phi_k, initial_state=parts[1], **common)
+        attention = delta_attention if update == "delta" else linear_attention
+        far, linear_state = attention(*chosen, phi_q, phi_k, initial_state=parts[1], **common)
         mixed = _mix(near[:, index], far, share, branches, index)
     else:
         mixed, linear_state = hybrid_attention(

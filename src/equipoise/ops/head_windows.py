@@ -13,7 +13,7 @@ from torch import Tensor
 
 from equipoise.ops.head_subset import flags_of, heads_of, subset_attention
 from equipoise.ops.hybrid import window_attention
-from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, accumulation_dtype
+from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, StateUpdate, accumulation_dtype
 
 
 def window_groups(windows: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -32,6 +32,7 @@ def head_windows_attention(
     windows: Sequence[int],
     heads: Sequence[int] = (),
     mixing: str = "convex",
+    update: StateUpdate = "additive",
     gate: float | Tensor = 0.5,
     scale: float | None = None,
     softcap: float | None = None,
@@ -82,7 +83,7 @@ def head_windows_attention(
         if linear:
             out, state = subset_attention(
                 *parts, _of_places(phi_q, linear), _of_places(phi_k, linear),
-                heads=[members.index(heads[place]) for place in linear], mixing=mixing,
+                heads=[members.index(heads[place]) for place in linear], mixing=mixing, update=update,
                 gate=gate.expand(*q.shape[:3])[:, index] if isinstance(gate, Tensor) else gate,
                 branches=flags_of(branches or Branches(), index), **settings,
             )  # fmt: skip

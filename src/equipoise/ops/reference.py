@@ -279,3 +279,32 @@ def transfer_cross_entropy_reference(
     products = products.clamp_min(floor) * mask
     a = products / products.sum(-1, keepdim=True).clamp_min(1e-300)
     return -(p * torch.where(mask, a, 1.0).log()).sum(-1)
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, segment_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The delta rule token by token, from features q, k [B, h, T, F] and values [B, h, T, E], in float64.
+
+    Returns:
+        The output [B, h, T, E], and S after the last token [B, h, F, E].
+    """
+    q, k, v = (t.double() for t in (q, k, v))
+    rows: list[Tensor] = []
+    states: list[Tensor] = []
+    for b in range(q.shape[0]):
+        sums, segment, outs = q.new_zeros(q.shape[1], q.shape[-1], v.shape[-1]), None, list[Tensor]()
+        for t in range(q.shape[2]):
+            if key_mask is not None and not key_mask[b, t]:
+                outs.append(v.new_zeros(v.shape[1], v.shape[-1]))
+                continue
+            if segment_ids is not None and segment != int(segment_ids[b, t]):
+                sums, segment = torch.zeros_like(sums), int(segment_ids[b, t])
+            strength = k[b, :, t].norm(dim=-1, keepdim=True)
+            unit = k[b, :, t] / strength.clamp_min(1e-12)
+            missing = v[b, :, t] - (unit[:, None] @ sums)[:, 0]
+            sums = sums + (strength * unit)[:, :, None] * missing[:, None]
+            outs.append((q[b, :, t, None] @ sums)[:, 0])
+        rows.append(torch.stack(outs, 1))
+        states.append(sums)
+    return torch.stack(rows), torch.stack(states)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 Layout = Literal["sliding", "terraced"]
 Reading = Literal["literal", "renormalised"]
+StateUpdate = Literal["additive", "delta"]
 FeatureMapLike = Callable[[Tensor], Tensor]
 """Maps a block [B, heads, t, D] to features [B, heads', t, F]; applied block by block."""
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from equipoise.config import ConfigError
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.ops import Branches
 from equipoise.ops.transfer_loss import transfer_cross_entropy
@@ -63,6 +64,10 @@ OBJECTIVES: Registry[Objective] = Registry("transfer objective")
 @OBJECTIVES.register("weights")
 def weights(target: LayerTarget) -> Tensor:
     """Cross-entropy, in nats a row, from the donor's weights to linear attention's (arXiv 2402.04347)."""
+    if target.mixer.config.state_update == "delta":
+        raise ConfigError(
+            "transfer objective weights: the delta rule has no weights on keys to compare; take output."
+        )
     inputs, (phi_q, phi_k) = target.mixer.linear_inputs(target.inputs), target.features
     return target.mean(
         transfer_cross_entropy(

@@ -21,7 +21,7 @@ from equipoise.models.allocation.choosing import (
 )
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
-from equipoise.models.layout import KV_BYTES, STATE_BYTES
+from equipoise.models.layout import KV_BYTES, linear_head_bytes
 from equipoise.models.surgery import hybridize, revert
 
 STEPS = 6
@@ -194,8 +194,7 @@ def _costs(mixers: Sequence[Any], hybrid: HybridConfig) -> Costs:
     if len(sizes) > 1:
         raise ConfigError("allocation expects layers whose keys and values are of one size.")
     size = sizes.pop()
-    head = hybrid.feature_multiple * size * (size + 1) * STATE_BYTES
-    return Costs(token=2 * size * KV_BYTES, head=head, sinks=hybrid.sinks)
+    return Costs(token=2 * size * KV_BYTES, head=linear_head_bytes(hybrid, size), sinks=hybrid.sinks)
 
 
 def _tokens_left(budget: int, linear: int, costs: Costs, heads: int) -> int:

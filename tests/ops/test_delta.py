@@ -1,0 +1,189 @@
+"""The delta rule in chunks: against the recurrence token by token in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equipoise.ops import AttentionState, Branches, hybrid_attention, window_attention
+from equipoise.ops.checks import check_delta
+from equipoise.ops.delta import delta_attention
+from equipoise.ops.head_subset import subset_attention
+from equipoise.ops.head_windows import head_windows_attention
+from equipoise.ops.reference import delta_rule
+from support import normal, padding_mask, segments_of
+
+B, H, T, D, F, E = 2, 3, 37, 8, 6, 5
+
+
+def drawn(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """q, k, v, phi(q), phi(k); keys of lengths between 0 and 1."""
+    q, k, v = (normal(B, H, T, size, seed=seed) for seed, size in enumerate((D, D, E)))
+    phi_q, phi_k = (normal(B, H, T, F, seed=seed) for seed in (3, 4))
+    phi_k = phi_k / phi_k.norm(dim=-1, keepdim=True) * normal(B, H, T, 1, seed=5).sigmoid()
+    return tuple(x.to(dtype) for x in (q, k, v, phi_q, phi_k))
+
+
+MASKS: dict[str, Any] = {
+    "plain": {},
+    "left": {"key_mask": padding_mask("left", T)},
+    "right": {"key_mask": padding_mask("right", T)},
+    "packed": {"segment_ids": segments_of(T)},
+    "both": {"key_mask": padding_mask("left", T), "segment_ids": segments_of(T)},
+}
+
+
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+def test_equals_the_recurrence(masked: str, chunk: int) -> None:
+    q, k, v, phi_q, phi_k = drawn()
+    got, state = delta_attention(
+        q, k, v, phi_q, phi_k, chunk_size=chunk, output_final_state=True, **MASKS[masked]
+    )
+    expected, sums = delta_rule(phi_q, phi_k, v, **MASKS[masked])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    assert state is not None
+    assert state.linear_state is not None
+    torch.testing.assert_close(state.linear_state, sums, rtol=1e-10, atol=1e-11)
+
+
+def test_float32() -> None:
+    q, k, v, phi_q, phi_k = drawn()
+    expected, _ = delta_rule(phi_q, phi_k, v)
+    got, _ = delta_attention(*(x.float() for x in (q, k, v, phi_q, phi_k)))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=5e-4, atol=5e-5)
+
+
+def test_bfloat16_sums_in_float32() -> None:
+    q, k, v, phi_q, phi_k = drawn(torch.bfloat16)
+    got, state = delta_attention(q, k, v, phi_q, phi_k, output_final_state=True)
+    assert got.dtype == torch.bfloat16
+    assert state is not None
+    assert state.linear_state is not None
+    assert state.linear_state.dtype == torch.float32
+    expected, _ = delta_rule(phi_q, phi_k, v)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("masked", MASKS)
+def test_split_anywhere(masked: str) -> None:
+    q, k, v, phi_q, phi_k = drawn()
+    whole, last = delta_attention(q, k, v, phi_q, phi_k, output_final_state=True, **MASKS[masked])
+    outs, state = list[Tensor](), None
+    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 30), (30, T)):
+        part = slice(start, stop)
+        masks = {name: mask[:, part] for name, mask in MASKS[masked].items()}
+        tensors = (x[:, :, part] for x in (q, k, v, phi_q, phi_k))
+        out, state = delta_attention(*tensors, initial_state=state, output_final_state=True, **masks)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 2), whole, rtol=1e-10, atol=1e-11)
+    assert state is not None
+    assert last is not None
+    torch.testing.assert_close(state.linear_state, last.linear_state, rtol=1e-10, atol=1e-11)
+    assert torch.equal(state.folded, last.folded)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("masked", ["plain", "both"])
+def test_gradients(masked: str) -> None:
+    q, k, v, phi_q, phi_k = drawn()
+    weights = normal(B, H, T, E, seed=9)
+    mine, theirs = ([x.clone().requires_grad_() for x in (phi_q, phi_k, v)] for _ in range(2))
+    out, _ = delta_attention(q, k, mine[2], mine[0], mine[1], chunk_size=16, **MASKS[masked])
+    (out * weights).sum().backward()
+    expected, _ = delta_rule(*theirs, **MASKS[masked])
+    (expected * weights).sum().backward()
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-9)
+
+
+def test_a_key_that_comes_again_has_its_last_value() -> None:
+    """What additive attention cannot do: the old value is gone."""
+    unit = torch.eye(F, dtype=torch.float64)[None, None, [0, 1, 0, 0]]
+    values = normal(1, 1, 4, E, seed=1)
+    out, _ = delta_attention(unit, unit, values, unit, unit)
+    torch.testing.assert_close(out, values)
+
+
+def test_as_many_keys_as_features_are_held_exactly() -> None:
+    keys = torch.linalg.qr(normal(F, F, seed=2))[0][None, None]
+    values = normal(1, 1, F, E, seed=3)
+    _, state = delta_attention(keys, keys, values, keys, keys, output_final_state=True)
+    assert state is not None
+    assert state.linear_state is not None
+    torch.testing.assert_close(keys @ state.linear_state, values)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    q, k, v, phi_q, phi_k = drawn()
+    mask = padding_mask("left", T)
+    clean, _ = delta_attention(q, k, v, phi_q, phi_k, key_mask=mask)
+    hidden = ~mask[:, None, :, None]
+    dirty, _ = delta_attention(
+        q, k, v.masked_fill(hidden, torch.nan), phi_q, phi_k.masked_fill(hidden, torch.inf), key_mask=mask
+    )
+    assert torch.equal(clean, dirty)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    q, k, v, phi_q, phi_k = drawn()
+    with pytest.raises(ValueError, match="of the same heads and tokens"):
+        check_delta(q, k, v[:, :1], None, None, None)
+    with pytest.raises(ValueError, match=r"key_mask of shape \[2, 37\], got \[2, 3\]"):
+        check_delta(q, k, v, torch.ones(B, 3, dtype=torch.bool), None, None)
+    _, additive = hybrid_attention(q, k, v, phi_q.exp(), phi_k.exp(), window=None, output_final_state=True)
+    with pytest.raises(ValueError, match="no normaliser"):
+        delta_attention(q, k, v, phi_q, phi_k, initial_state=additive)
+    _, state = delta_attention(q, k, v, phi_q, phi_k, output_final_state=True)
+    assert state is not None
+    with pytest.raises(ValueError, match=r"\[1, 3\] rows and heads, got \[2, 3\]"):
+        delta_attention(*(x[:1] for x in (q, k, v, phi_q, phi_k)), initial_state=state)
+    with pytest.raises(ValueError, match="every part of a split sequence or in none"):
+        delta_attention(q, k, v, phi_q, phi_k, initial_state=state, segment_ids=segments_of(T))
+
+
+class TestInSingleHeads:
+    """Beside windows, mixed with a gate."""
+
+    HEADS = (1, 2)
+
+    def drawn(self) -> tuple[Tensor, ...]:
+        q, k, v = (normal(B, heads, T, D, seed=seed) for seed, heads in enumerate((4, 2, 2)))
+        phi_q, phi_k = (normal(B, 2, T, F, seed=seed) for seed in (3, 4))
+        return q, k, v, phi_q, phi_k / phi_k.norm(dim=-1, keepdim=True)
+
+    @pytest.mark.parametrize("flags", [Branches(), Branches(window=False, reading="renormalised")])
+    @pytest.mark.parametrize("windows", [(5, 5), (5, 3)])
+    def test_is_a_mean_of_both(self, flags: Branches, windows: tuple[int, int]) -> None:
+        q, k, v, phi_q, phi_k = self.drawn()
+        common: dict[str, Any] = {"heads": self.HEADS, "update": "delta", "gate": 0.3, "branches": flags}
+        if windows[0] == windows[1]:
+            got, _ = subset_attention(q, k, v, phi_q, phi_k, window=5, **common)
+        else:
+            got, _ = head_windows_attention(q, k, v, phi_q, phi_k, windows=windows, **common)
+        expected = torch.cat(
+            [
+                window_attention(q, k, v, window=w)[0][:, part]
+                for w, part in zip(windows, (slice(2), slice(2, 4)), strict=True)
+            ],
+            1,
+        )
+        far, _ = delta_rule(phi_q, phi_k, v.repeat_interleave(2, 1)[:, self.HEADS])
+        gate = 0.3 if flags.window is True else 0.0
+        expected[:, self.HEADS] = gate * expected[:, self.HEADS] + (1 - gate) * far
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+    def test_states_of_rows(self) -> None:
+        q, k, v, phi_q, phi_k = self.drawn()
+        _, state = head_windows_attention(
+            q, k, v, phi_q, phi_k, windows=(5, 3), heads=self.HEADS, update="delta", output_final_state=True
+        )
+        assert state is not None
+        assert all(part.linear_normalizer is None for part in (state, *state.others))
+        twice = AttentionState.concatenate([state, state])
+        assert len(twice.valid) == 2 * B
