@@ -31,10 +31,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
 from equipoise.data.layouts import to_dataset
 from equipoise.evaluate.recall_text import Haystack
+from equipoise.files import write_text
 from equipoise.layers.mixer import AttentionMode
-from equipoise.models.allocation.choosing import share_windows
+from equipoise.models.allocation import allocate
+from equipoise.models.allocation.choosing import curve_of, improved, share_windows
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
+from equipoise.models.layout import linear_head_bytes
 from equipoise.ops.eviction import Eviction
 from equipoise.recall_donor import (
     CONTEXT,
@@ -50,6 +53,11 @@ from equipoise.train.recipes import load_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "frontier.jsonl"
+WINDOWS = RESULTS.with_name("frontier-windows.json")
+"""Windows that a search found: it takes minutes, and every seed has the same."""
+MOVES, SHARE = 700, 0.12
+"""Measurements by which windows are improved, the rivals' and ours; share of bytes for linear branches."""
+SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SINKS, TEXTS, SETTLED = 4, 48, 64
 """Sinks of every window; texts that are scored; tokens at a text's start whose likelihood does not count."""
 STEPS, ROWS = 800, 4
@@ -61,13 +69,21 @@ SCALE: Mapping[str, Any] = {
     "transfer": {"learning_rate": 3e-2, "batch_size": ROWS},
     "finetune": {"learning_rate": 5e-4, "batch_size": ROWS, "map_learning_rate": 1e-2},
 }
-"""What this donor's size asks for, the same for every run that trains."""
+"""What this donor's size asks for, the same for every run that trains additive states."""
+DELTA_SCALE: Mapping[str, Any] = {
+    "transfer": {**SCALE["transfer"], "learning_rate": 1e-2},
+    "finetune": {**SCALE["finetune"], "map_learning_rate": 3e-3},
+}
+"""And for the delta rule."""
+ADDITIVE: Mapping[str, Any] = {"state_update": "additive", "feature_map": "hedgehog-joint"}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
-    "hedgehog-map": {"hybrid": {"feature_map": "hedgehog"}},
+    "additive": {"hybrid": {**ADDITIVE, "feature_multiple": 2}},
+    "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog", "feature_multiple": 2}},
+    "competing": {"hybrid": {**ADDITIVE, "feature_multiple": 2, "mixing": "competing", "gate_value": 0.9997}},
     "fixed-gate": {"hybrid": {"gate": "fixed"}},
-    "no-write-gate": {"hybrid": {"write_gate": "none"}},
-    "competing": {"hybrid": {"mixing": "competing", "gate_value": 0.9997}},
+    "full-writes": {"hybrid": {"write_gate": "none"}},
+    "even-windows": {},
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
     "maps-frozen": {"finetune": {"train_maps": False}},
@@ -135,45 +151,36 @@ def even(tokens: int) -> HybridConfig:
     return HybridConfig(window=tokens - SINKS, sinks=SINKS, feature_map=None)
 
 
-def moved(donor: Path, tokens: int) -> HybridConfig:
-    """The same bytes moved between layers: shared by curves, then by trying every move of a few tokens."""
-    model: Any = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), even(tokens), check=False)
-    layers = len(converted_mixers(model))
-    rows = rows_of(pair_text(donor, split="train", seed=1), 16)
-    measure = DonorDivergence(model, {"input_ids": torch.from_numpy(rows)}, batch_size=8)
-    sizes = (4, 8, 16, 24, 32, 48, 64, 96, 128)
-    curves = [
-        {
-            size: measure.windowed([size if at == layer else None for at in range(layers)], sinks=SINKS)
-            for size in sizes
-        }
-        for layer in range(layers)
-    ]
-    total = layers * (tokens - SINKS)
-    best = min(
-        share_windows(curves, total),
-        [total // layers] * layers,
-        key=lambda w: measure.windowed(w, sinks=SINKS),
-    )
-    least = measure.windowed(best, sinks=SINKS)
-    for step in (8, 4):
-        improved = True
-        while improved:
-            improved = False
-            for giver in range(layers):
-                for taker in range(layers):
-                    tried = list(best)
-                    tried[giver], tried[taker] = tried[giver] - step, tried[taker] + step
-                    if giver == taker or tried[giver] < 4:
-                        continue
-                    loss = measure.windowed(tried, sinks=SINKS)
-                    if loss < least - 1e-4:
-                        best, least, improved = tried, loss, True
+def moved(donor: Path, tokens: int, by_head: bool) -> HybridConfig:
+    """The same bytes moved between layers or heads: shared by worth, then improved by moves."""
+    known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
+    key = f"{donor.name} {tokens} {'heads' if by_head else 'layers'}"
+    if key not in known:
+        model: Any = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), even(tokens), check=False)
+        rows = rows_of(pair_text(donor, split="train", seed=1), 16)
+        measure = DonorDivergence(model, {"input_ids": torch.from_numpy(rows)}, batch_size=8)
+        worth = measure.worth(SIZES, sinks=SINKS)
+        units = worth.flatten(0, 1) if by_head else worth.sum(1)
+        curves = [curve_of(values, SIZES) for values in units.tolist()]
+        each = HEADS if by_head else 1
+        starts = [share_windows(curves, len(curves) * (tokens - SINKS)), [tokens - SINKS] * len(curves)]
+
+        def loss(windows: list[int]) -> float:
+            layers = [windows[i : i + each] for i in range(0, len(windows), each)]
+            return measure.windowed(layers if by_head else windows, sinks=SINKS)
+
+        best = improved(min(starts, key=loss), loss, smallest=2, measurements=MOVES)
+        known[key] = [best[i : i + each] * (HEADS // each) for i in range(0, len(best), each)]
+        write_text(WINDOWS, json.dumps(known, indent=1))
+    layers: list[list[int]] = known[key]
     return HybridConfig(
-        window=max(best),
+        window=max(map(max, layers)),
         sinks=SINKS,
         feature_map=None,
-        per_layer={i: {"window": w} for i, w in enumerate(best)},
+        per_layer={
+            i: {"window": max(of), **({"head_windows": of} if len(set(of)) > 1 else {})}
+            for i, of in enumerate(layers)
+        },
     )
 
 
@@ -191,19 +198,47 @@ def converted(
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
 
 
+def shared_out(donor: Path, changed: dict[str, Any], bytes_: int, *, evenly: bool) -> dict[str, Any]:
+    """Settings of the recipe's hybrid, its bytes shared out on training rows: once for all seeds."""
+    known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
+    key = f"{donor.name} {bytes_} {json.dumps(changed, sort_keys=True)}" + " even" * evenly
+    if key not in known:
+        run = load_recipe("equipoise", {"hybrid": changed})
+        assert run.hybrid is not None
+        assert run.allocation is not None
+        settings = run.allocation.model_copy(
+            update={"state_bytes": bytes_, "linear_share": SHARE, "moves": 0 if evenly else MOVES}
+        )
+        rows = rows_of(pair_text(donor, split="train", seed=1), 16)
+        model = AutoModelForCausalLM.from_pretrained(donor).eval()
+        hybrid = run.hybrid.model_copy(update={"window": CONTEXT})
+        found = allocate(model, {"input_ids": torch.from_numpy(rows)}, hybrid, settings, batch_size=8)
+        values = found.hybrid.model_dump(mode="json")
+        if evenly:
+            window = (
+                found.budget - sum(map(len, found.linear_heads)) * linear_head_bytes(hybrid, HEAD_DIM)
+            ) // (LAYERS * HEADS * HEAD_DIM * 4) - SINKS
+            for own in values["per_layer"].values():
+                own.pop("head_windows", None)
+                own["window"] = window
+            values["window"] = window
+        known[key] = values
+        write_text(WINDOWS, json.dumps(known, indent=1))
+    return known[key]
+
+
 def settings_of(name: str, bytes_: int, steps: int = STEPS) -> tuple[str, dict[str, Any]]:
     """Recipe and settings of a run that trains both branches."""
-    half = {"transfer": {"max_steps": steps // 4}, "finetune": {"max_steps": steps - steps // 4}}
-    scale = {stage: {**SCALE[stage], **half[stage]} for stage in half}
+    first = steps // 8 if name in ABLATIONS else steps // 4
+    half = {"transfer": {"max_steps": first}, "finetune": {"max_steps": steps - first}}
+    delta = name in ABLATIONS and "state_update" not in ABLATIONS[name].get("hybrid", {})
+    rates = DELTA_SCALE if delta else SCALE
+    scale = {stage: {**rates[stage], **half[stage]} for stage in half}
     if name in ABLATIONS:
         own = {stage: dict(values) for stage, values in ABLATIONS[name].items()}
         merged = {stage: {**scale[stage], **own.pop(stage, {})} for stage in scale}
-        allocation = {"state_bytes": bytes_, "linear_share": 0.25, "rows": 16}
-        return "equipoise", {
-            **merged,
-            "hybrid": {"sinks": SINKS, **own.get("hybrid", {})},
-            "allocation": allocation,
-        }
+        hybrid = {"sinks": SINKS, **own.get("hybrid", {})}
+        return "equipoise", {**merged, "hybrid": hybrid, "allocation": None}
     # published recipes: a state of D_phi = D in every head, the window takes what is left
     left = (bytes_ - LAYERS * HEADS * HEAD_DIM * (HEAD_DIM + 1) * 4) // (LAYERS * HEADS * HEAD_DIM * 4)
     return name, {**scale, "hybrid": {"window": max(2, left), "feature_multiple": 1}}
@@ -227,8 +262,8 @@ def score_run(name: str, seed: int, tokens: int, split: str, steps: int, console
         model, state = plain, branches(plain, "softmax")
     elif base == "heavy-hitters":
         model, state = plain, branches(plain, evicting(tokens))
-    elif base in ("even", "moved"):
-        config = even(tokens) if base == "even" else moved(donor, tokens)
+    elif base in ("even", "moved", "moved-heads"):
+        config = even(tokens) if base == "even" else moved(donor, tokens, base == "moved-heads")
         if how == "tuned":
             hybrid = config.model_dump(mode="json")
             tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": {"distillation": 1.0}}
@@ -237,13 +272,16 @@ def score_run(name: str, seed: int, tokens: int, split: str, steps: int, console
             model = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), config, check=False)
     else:
         recipe, settings = settings_of(base, bytes_, steps)
+        if base in ABLATIONS:
+            settings["hybrid"] = shared_out(donor, settings["hybrid"], bytes_, evenly=base == "even-windows")
         model = converted(donor, settings, recipe, seed, console)
     facts = {
         "bytes": bytes_ if base in ("donor", "heavy-hitters") else state_bytes(model),
         "reach": reach(model),
     }
     entry: dict[str, Any] = {"run": name, "seed": seed, "tokens": tokens, "split": split, **facts}
-    entry |= {"windows": [mixer.config.window for mixer in converted_mixers(model)], "steps": steps}
+    windows = [mixer.config.head_windows or mixer.config.window for mixer in converted_mixers(model)]
+    entry |= {"windows": windows, "steps": steps}
     entry["both"] = scored(model, texts, state)
     if any(mixer.has_both for mixer in converted_mixers(model)):
         for branch in ("window", "linear"):
@@ -259,7 +297,8 @@ Split = Annotated[str, typer.Option(help="search or test.")]
 @app.command()
 def run(
     name: Annotated[
-        str, typer.Argument(help="donor, heavy-hitters, even, moved, even:tuned, …, or a recipe.")
+        str,
+        typer.Argument(help="donor, heavy-hitters, even, moved, moved-heads, even:tuned, …, or a recipe."),
     ],
     seed: int = 0,
     tokens: Annotated[int, typer.Option(help="Budget: this many tokens of K and V a head and layer.")] = 36,
@@ -304,9 +343,14 @@ def report(output: Path = RESULTS) -> None:
         cells += [
             recall(of, branch, (limit, CONTEXT)) if branch in of[0] else "" for branch in ("window", "linear")
         ]
-        windows = " ".join(map(str, of[0]["windows"])) if name != "donor" else ""
+        windows = " ".join(map(shown, of[0]["windows"])) if name != "donor" else ""
         table.add_row(split, str(tokens), name, str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
     Console(width=200).print(table)
+
+
+def shown(windows: int | list[int]) -> str:
+    """A layer's window, or those of its heads."""
+    return str(windows) if isinstance(windows, int) else "/".join(map(str, windows))
 
 
 def interval(values: list[list[float]]) -> str:
