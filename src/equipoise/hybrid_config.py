@@ -49,7 +49,7 @@ class HybridConfig(Settings):
     """A window for each key/value head, none longer than ``window``; ``window`` in all of them where null."""
     state_update: Literal["additive", "delta"] = "additive"
     """How the state takes in a key: additive (linear attention), or by the delta rule, which first removes
-    what the state says of that key. delta needs linear_heads, and the feature map unit."""
+    what the state says of that key. delta needs a window beside it, and the feature map unit."""
     per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 
@@ -98,8 +98,10 @@ class HybridConfig(Settings):
     def _update(self) -> HybridConfig:
         if self.state_update == "additive" or self.feature_map is None:
             return self
-        if self.mixing != "convex" or not self.overlap or self.map_heads != "query":
-            raise ValueError("state_update delta needs mixing convex, overlap true, map_heads query")
+        if self.window is None or self.mixing != "convex" or not self.overlap or self.map_heads != "query":
+            raise ValueError(
+                "state_update delta needs a window, mixing convex, overlap true and map_heads query"
+            )
         return self
 
     def for_layer(self, index: int) -> HybridConfig:

@@ -217,7 +217,10 @@ def test_write_strength() -> None:
         ({"window": 6, "head_windows": (6, 0), "linear_heads": (0,)}, "at least 1 token"),
         ({"window": 6, "head_windows": (6, 2), "layout": "terraced"}, "needs layout sliding"),
         ({"window": 6, "head_windows": (6, 2)}, "needs linear_heads"),
-        ({"state_update": "delta", "mixing": "competing", "linear_heads": (0,)}, "delta needs mixing convex"),
+        (
+            {"state_update": "delta", "mixing": "competing", "linear_heads": (0,)},
+            "delta needs a window, mixing convex",
+        ),
     ],
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
@@ -225,10 +228,16 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
         HybridConfig(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"linear_heads": (0,)}, {"feature_map": "unit"}])
-def test_the_delta_rule_needs_single_heads_and_unit_features(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="expected linear_heads and a feature map of length 1"):
-        hybridize(tiny_model(), HybridConfig(window=6, state_update="delta", **wrong))
+def test_the_delta_rule_needs_unit_features() -> None:
+    with pytest.raises(ConfigError, match="expected a feature map of length 1"):
+        hybridize(tiny_model(), HybridConfig(window=6, state_update="delta", linear_heads=(0,)))
+
+
+def test_the_delta_rule_in_all_heads() -> None:
+    own: dict[str, Any] = {"feature_map": "unit", "state_update": "delta"}
+    every, none = ({i: {**own, **heads} for i in (0, 1)} for heads in ({"linear_heads": (0, 1, 2, 3)}, {}))
+    assert torch.equal(logits(converted(per_layer=every)), logits(converted(per_layer=none)))
+    assert state_bytes(converted(per_layer=every)) == state_bytes(converted(per_layer=none))
 
 
 def test_layers_and_heads_that_are_not_there() -> None:

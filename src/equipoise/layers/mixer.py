@@ -175,10 +175,9 @@ class HybridMixer(nn.Module):
             self.phi_q = feature_map(count, head_dim, features)
             key_maps = count if config.map_heads == "query" else kv_heads
             self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
-            if config.state_update == "delta" and not (feature_map.unit_length and config.linear_heads):
+            if config.state_update == "delta" and not feature_map.unit_length:
                 raise ConfigError(
-                    "state_update delta: expected linear_heads and a feature map of length 1 (unit), got "
-                    f"{config.linear_heads} and {config.feature_map}."
+                    f"state_update delta: expected a feature map of length 1 (unit), got {config.feature_map}."
                 )
             if config.write_gate == "per_token":
                 gated = WriteStrength if config.state_update == "delta" else WriteGate
@@ -332,7 +331,7 @@ class HybridMixer(nn.Module):
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
                 heads=config.linear_heads or (), mixing=config.mixing, update=config.state_update, **common,
             )  # fmt: skip
-        if config.linear_heads is not None:
+        if config.linear_heads is not None or (config.state_update == "delta" and phi_q is not None):
             assert phi_q is not None
             assert phi_k is not None
             assert window is not None
@@ -342,7 +341,7 @@ class HybridMixer(nn.Module):
                 inputs.v,
                 phi_q,
                 phi_k,
-                heads=config.linear_heads,
+                heads=self.linear_indices,
                 window=window,
                 mixing=config.mixing,
                 update=config.state_update,
