@@ -110,6 +110,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SINGLE_HEADS: dict[str, Any] = {
+    "window": 5, "head_windows": (5, 2), "sinks": 2, "linear_heads": (1, 3), "gate": "per_token",
+    "write_gate": "per_token", "feature_map": "unit", "feature_multiple": 1, "state_update": "delta",
+}  # fmt: skip
+"""What the recipe `equipoise` makes of a layer with 4 query and 2 key/value heads."""
+
+
 def load_tool(name: str) -> Any:
     """A script of tools/, as a module."""
     path = Path(__file__).parents[1] / "tools" / f"{name}.py"

@@ -10,7 +10,7 @@ import torch
 from equipoise import HybridCache, HybridConfig, branches, hybridize
 from equipoise.layers.cache import CacheError
 from equipoise.layers.cache_rows import append_rows, copy_rows, duplicate, padding_mask, select_rows
-from support import random_tokens, tiny_model
+from support import SINGLE_HEADS, random_tokens, tiny_model
 
 LENGTHS = (3, 17, 9, 30)
 CASES = [
@@ -19,6 +19,7 @@ CASES = [
         "llama", {"window": 5, "overlap": False, "sinks": 2, "layout": "terraced"}, "both", id="terraced"
     ),
     pytest.param("llama", {"window": 4, "mixing": "shared", "overlap": False}, "both", id="shared"),
+    pytest.param("llama", SINGLE_HEADS, "both", id="single-heads"),
     pytest.param("llama", {"window": 5}, "linear", id="linear"),
     pytest.param("llama", {"window": 5}, "none", id="none"),
     pytest.param("llama", {"window": 5}, "sinks", id="sinks"),

@@ -15,13 +15,14 @@ from equipoise.layers import cache as cache_module
 from equipoise.layers import rollback
 from equipoise.layers.cache import CacheError, HybridCacheLayer
 from equipoise.layers.mixer import HybridMixer, LayerInputs
-from support import normal, random_tokens, tiny_model
+from support import SINGLE_HEADS, normal, random_tokens, tiny_model
 
 TOKENS = random_tokens(2, 40)
 CONFIGS = {
     "convex": HybridConfig(window=5, gate="per_head"),
     "disjoint": HybridConfig(window=5, overlap=False),
     "shared": HybridConfig(window=4, mixing="shared", overlap=False, sinks=2, layout="terraced"),
+    "single heads": HybridConfig(**SINGLE_HEADS),
     "linear": HybridConfig(window=None, gate="fixed"),
     "window": HybridConfig(window=5, feature_map=None, sinks=1),
 }

@@ -15,11 +15,12 @@ import torch
 from equipoise import HybridConfig, branches, hybridize
 from equipoise.layers.cache import CacheError
 from equipoise.layers.static_cache import StaticHybridCache
-from support import random_tokens, tiny_model
+from support import SINGLE_HEADS, random_tokens, tiny_model
 
 TESTS = Path(__file__).parents[1]
 CONFIG = HybridConfig(window=5, gate="per_head", layers="all")
 SHARED = HybridConfig(window=5, mixing="shared", overlap=False, sinks=2, layout="terraced", layers="all")
+SINGLE = HybridConfig(**SINGLE_HEADS, layers="all")
 PROMPT, MASK = random_tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
 MASK[0, :5] = 0
 
@@ -51,7 +52,7 @@ def test_one_graph_for_all_tokens_and_prompts(backend: str, families: str, dtype
         assert case == {"same": [True, True], "graphs": 1, "breaks": 0, "recompiles": 0}
 
 
-@pytest.mark.parametrize("config", [CONFIG, SHARED], ids=["convex", "shared"])
+@pytest.mark.parametrize("config", [CONFIG, SHARED, SINGLE], ids=["convex", "shared", "single-heads"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
 def test_static_equals_dynamic(family: str, config: HybridConfig) -> None:
     model: Any = hybridize(tiny_model(family, dtype=torch.float64), config)

@@ -177,7 +177,8 @@ class HybridMixer(nn.Module):
             self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
             if config.state_update == "delta" and not feature_map.unit_length:
                 raise ConfigError(
-                    f"state_update delta: expected a feature map of length 1 (unit), got {config.feature_map}."
+                    f"state_update delta: expected a feature map of length 1 (unit), got "
+                    f"{config.feature_map}."
                 )
             if config.write_gate == "per_token":
                 gated = WriteStrength if config.state_update == "delta" else WriteGate
