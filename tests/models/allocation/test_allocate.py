@@ -12,7 +12,7 @@ from equipoise.config import AllocationConfig, ConfigError, HybridConfig, parse
 from equipoise.layers.cache import CacheError
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, Blend
-from equipoise.models.allocation import allocate
+from equipoise.models.allocation import allocate, measuring
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import branches
 from equipoise.models.layout import state_bytes
@@ -210,3 +210,16 @@ class TestAllocate:
     def test_too_few_bytes(self, rows: dict[str, Tensor]) -> None:
         with pytest.raises(ConfigError, match=r"at least 1,088 bytes .* got 900: raise --state-bytes"):
             allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 900}))
+
+
+def test_predictions_that_are_too_many_are_made_again(
+    rows: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hybridize(donor(), HybridConfig(window=4, feature_map=None), check=False)
+    kept = DonorDivergence(model, rows, batch_size=2)
+    first = kept.windowed([3, 2], sinks=1)
+    assert len(kept.kept) == 2
+    monkeypatch.setattr(measuring, "KEPT", 10)
+    again = DonorDivergence(model, rows, batch_size=2)
+    assert again.windowed([3, 2], sinks=1) == first == kept.windowed([3, 2], sinks=1)
+    assert not again.kept

@@ -18,6 +18,8 @@ from equipoise.models.branches import converted_mixers
 from equipoise.models.divergence import divergence, log_probabilities
 
 SOFTMAX = AttentionMode("softmax")
+KEPT = 2**28
+"""Bytes of the donor's predictions that are kept between measurements, on the model's device."""
 Windows = int | Sequence[int] | None
 """Of a layer: tokens in all heads, or in each key/value head; None for full softmax."""
 Tick = Callable[[], None]
@@ -26,8 +28,8 @@ Tick = Callable[[], None]
 class DonorDivergence:
     """Mean KL(donor || donor with other attention), in nats per token, on fixed rows.
 
-    The donor's own predictions are computed again for every batch, rather than kept: B x T x V numbers are
-    more than most machines can spare.
+    The donor's own predictions are kept where all of them fit into `KEPT` bytes. Else they are computed again
+    for every measurement: of 16 rows and a large vocabulary they are more than most machines can spare.
 
     Args:
         model: converted, without adapters; left in the modes it was in.
@@ -51,6 +53,7 @@ class DonorDivergence:
             {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
             for start in range(0, rows, batch_size)
         ]
+        self.kept: dict[int, Tensor] = {}
         self.tokens = rows * (inputs["input_ids"].shape[1] - 1)
 
     @property
@@ -80,8 +83,8 @@ class DonorDivergence:
             modes.append(_mode(mixer, window, sinks, kept, softmax_share, self.model.device))
         total = 0.0
         with torch.no_grad():
-            for batch in self.parts:
-                total += float(self._divergence(batch, modes))
+            for place in range(self.batches):
+                total += float(self._divergence(place, modes))
                 self.tick()
         return total / self.tokens
 
@@ -103,7 +106,7 @@ class DonorDivergence:
         found = torch.zeros(len(self.mixers), most, len(sizes), dtype=torch.float64)
         windows = (*sizes, None)
         for step in range(steps):
-            for batch in self.parts:
+            for place in range(self.batches):
                 shares = [
                     torch.full(
                         (len(sizes), mixer.heads), (step + 0.5) / steps, device=self.model.device,
@@ -112,16 +115,24 @@ class DonorDivergence:
                     for mixer in self.mixers
                 ]  # fmt: skip
                 modes = [AttentionMode("blend", sinks=sinks, blend=_path(windows, share)) for share in shares]
-                gradients = torch.autograd.grad(self._divergence(batch, modes), shares)
+                gradients = torch.autograd.grad(self._divergence(place, modes), shares)
                 for rows, gradient in zip(found, gradients, strict=True):
                     rows[: gradient.shape[1]] -= gradient.T.cpu().double() / (steps * self.tokens)
                 self.tick()
         return found
 
-    def _divergence(self, batch: Mapping[str, Tensor], modes: Sequence[AttentionMode]) -> Tensor:
-        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+    def _donor(self, batch: Mapping[str, Tensor], place: int) -> Tensor:
+        if place in self.kept:
+            return self.kept[place]
         with torch.no_grad(), _in_modes(self.mixers, [SOFTMAX] * len(self.mixers)):
-            donor = self._log_probabilities(batch)
+            found = self._log_probabilities(batch)
+        if self.tokens * found.shape[-1] * found.element_size() <= KEPT:
+            self.kept[place] = found
+        return found
+
+    def _divergence(self, place: int, modes: Sequence[AttentionMode]) -> Tensor:
+        batch = {name: tensor.to(self.model.device) for name, tensor in self.parts[place].items()}
+        donor = self._donor(batch, place)
         with _in_modes(self.mixers, modes):
             other = self._log_probabilities(batch)
             return divergence(donor, other).sum()
