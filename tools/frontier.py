@@ -72,7 +72,7 @@ SCALE: Mapping[str, Any] = {
 """What this donor's size asks for, the same for every run that trains additive states."""
 DELTA_SCALE: Mapping[str, Any] = {
     "transfer": {**SCALE["transfer"], "learning_rate": 1e-2},
-    "finetune": {**SCALE["finetune"], "map_learning_rate": 3e-3},
+    "finetune": SCALE["finetune"],
 }
 """And for the delta rule."""
 ADDITIVE: Mapping[str, Any] = {"state_update": "additive", "feature_map": "hedgehog-joint"}

@@ -191,7 +191,7 @@ def test_write_strength() -> None:
     gated = WriteStrength(phi).double()
     keys = normal(2, 2, 11, 8)
     torch.testing.assert_close(
-        gated(keys).norm(dim=-1), torch.full((2, 4, 11), -2.0).double().sigmoid(), rtol=1e-9, atol=0
+        gated(keys).norm(dim=-1), torch.full((2, 4, 11), -4.0).double().sigmoid(), rtol=1e-9, atol=0
     )
     gated.write_weight.data = normal(4, 8, seed=3)
     gated.write_bias.data = normal(4, 1, seed=4)

@@ -377,10 +377,11 @@ class WriteGate(nn.Module):
 class WriteStrength(WriteGate):
     """phi(k) sigmoid(k . w + b): the share of what the state says of a key that is replaced by its value.
 
-    Starts at sigmoid(-2) = 0.12 for all keys: text hardly writes until training tells which are worth it.
+    Starts at sigmoid(-4) = 0.02 for all keys: what is written erodes what is there, and most text is not
+    worth it. From 0.12, hybrids of a pilot answered less of what lay furthest back (docs/research/02).
     """
 
-    INITIAL = -2.0
+    INITIAL = -4.0
 
     def __init__(self, phi: FeatureMap) -> None:
         super().__init__(phi)
