@@ -99,6 +99,12 @@ class TestDenominators:
         assert guard.sums["denominators"] == 2 * (10 - 4)
 
 
+def test_the_delta_rule_has_no_denominators() -> None:
+    guard = NumericalGuard()
+    guard(make_mixer(feature_map="unit", state_update="delta", window=4), layer_inputs(20))
+    assert guard.results() == {}
+
+
 def test_features_of_keys_count_too() -> None:
     guard, mixer = NumericalGuard(), make_mixer()
     assert mixer.phi_k is not None

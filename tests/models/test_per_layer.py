@@ -16,6 +16,7 @@ from equipoise.config import ConfigError
 from equipoise.data.packing import EvaluationWindow
 from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate, WriteStrength
 from equipoise.layers.interface import mixers_of
+from equipoise.layers.mixer import AttentionMode
 from equipoise.models.families import ConversionError
 from support import normal, random_tokens, tiny_model
 
@@ -126,6 +127,13 @@ def test_windows_of_heads_that_are_all_alike(own: dict[int, Any]) -> None:
     )
     assert torch.equal(logits(alike), logits(plain))
     assert state_bytes(alike) == state_bytes(plain)
+
+
+def test_a_window_from_outside_is_for_all_heads() -> None:
+    alike = converted(per_layer={**BY_HEAD, 1: {"linear_heads": (1, 3), "window": 3}})
+    mode, by_head = AttentionMode("hybrid", window=3), converted(per_layer=BY_HEAD)
+    with branches(by_head, mode), branches(alike, mode):
+        assert torch.equal(logits(by_head), logits(alike))
 
 
 def test_measures_know_each_heads_window() -> None:

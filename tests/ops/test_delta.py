@@ -130,6 +130,19 @@ def test_what_padding_holds_does_not_matter() -> None:
     assert torch.equal(clean, dirty)
 
 
+def test_padding_belongs_to_no_segment() -> None:
+    """Whatever id it has, and wherever a call ends, what stood before it goes on behind it."""
+    q, k, v, phi_q, phi_k = drawn()
+    segments, mask = segments_of(T).clone(), torch.ones(B, T, dtype=torch.bool)
+    mask[:, 14:18] = False
+    segments[:, 14:18] = 99
+    segments[:, 18:20] = segments[:, 13:14]
+    expected, _ = delta_rule(phi_q, phi_k, v, key_mask=mask, segment_ids=segments)
+    for chunk in (4, 16, 64):
+        got, _ = delta_attention(q, k, v, phi_q, phi_k, key_mask=mask, segment_ids=segments, chunk_size=chunk)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
 def test_arguments_that_do_not_fit() -> None:
     q, k, v, phi_q, phi_k = drawn()
     with pytest.raises(ValueError, match="of the same heads and tokens"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.config import HybridConfig
+from equipoise.config import ConfigError, HybridConfig
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.ops import Branches
 from equipoise.registry import UnknownNameError
@@ -43,6 +43,13 @@ def linear_weights(layer: LayerTarget) -> Tensor:
     phi_q, phi_k = layer.features
     products = (phi_q @ phi_k.repeat_interleave(4 // phi_k.shape[1], 1).mT) * visible(layer.inputs)
     return products / products.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def test_the_delta_rule_has_no_weights() -> None:
+    layer = target(feature_map="unit", state_update="delta", linear_heads=(1, 2))
+    with pytest.raises(ConfigError, match="no weights on keys to compare; take output"):
+        OBJECTIVES["weights"](layer)
+    assert OBJECTIVES["output"](layer).isfinite()
 
 
 @pytest.mark.parametrize("map_heads", ["query", "key_value"])

@@ -13,6 +13,7 @@ from equipoise.layers.cache import CacheError
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, Blend
 from equipoise.models.allocation import allocate, measuring
+from equipoise.models.allocation import budget as sharing
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import branches
 from equipoise.models.layout import state_bytes
@@ -170,6 +171,19 @@ class TestAllocate:
         )
         assert own == pytest.approx(min(found.divergence.values()))
         assert own <= found.divergence["even"]
+
+    def test_key_heads_are_worth_what_their_query_heads_lack(self) -> None:
+        """Two query heads a key head; of the second the branch is taken to restore three quarters."""
+        (mixer, *_) = mixers_of(hybridize(donor(), HYBRID))
+        worth = [[1.0, 2.0], [4.0, 8.0], [0.5, 0.0], [0.25, 1.0]]
+        found = sharing._by_key_head(mixer, worth, (1,), 0.75)
+        assert found == [[1.0 + 1.0, 2.0 + 2.0], [0.75, 1.0]]
+
+    def test_what_lies_beyond_a_window_counts_in_part(self) -> None:
+        worth, sizes = [4.0, 2.0, 1.0], [4, 8, 16]
+        assert [sharing._beyond(worth, sizes, window) for window in (4, 6, 8, 12, 16, 17)] == [
+            7.0, 5.0, 3.0, 2.0, 1.0, 0.0,
+        ]  # fmt: skip
 
     def test_moves_make_it_better(self, rows: dict[str, Tensor]) -> None:
         settings = SETTINGS.model_copy(update={"state_bytes": 1_500})
