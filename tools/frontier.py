@@ -190,7 +190,7 @@ def converted(
     """A conversion by the ordinary way, on texts with pairs."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "pairs.jsonl"
-        write_documents(pair_text(donor, split="train", seed=1000 + seed), data, STEPS * ROWS // 2)
+        write_documents(pair_text(donor, split="train", seed=1000 + seed), data, STEPS * ROWS)
         run = load_recipe(
             recipe, {**settings, "data": {"source": str(data), "context_length": CONTEXT}, "watch": None}
         )
