@@ -183,7 +183,10 @@ def test_map_reaches_every_tensor() -> None:
     }  # fmt: skip
     assert {f.name for f in fields(state) if getattr(state, f.name) is None} == waiting.keys()
     state = replace(state, **waiting)
-    assert len(state.tensors()) == len(fields(state))
+    assert len(state.tensors()) == len(fields(state)) - 1  # all but `others`, which has none
+    state = replace(state, others=(state, replace(state, pending=None)))
+    assert len(state.tensors()) == 3 * (len(fields(state)) - 1) - 1
     doubled = state.map(lambda t: t.repeat_interleave(2, 0))
     assert all(t.shape[0] == 4 for t in doubled.tensors())
+    assert len(doubled.tensors()) == len(state.tensors())
     assert doubled.bytes() == 2 * state.bytes()
