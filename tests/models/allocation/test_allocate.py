@@ -137,6 +137,12 @@ class TestAllocate:
                 assert mixer.has_both == bool(heads)
                 assert list(mixer.config.linear_heads or ()) == heads
 
+    def test_no_window_is_longer_than_the_rows(self, rows: dict[str, Tensor]) -> None:
+        found = allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 100_000}))
+        assert max(map(max, found.windows)) <= 20
+        assert min(found.divergence.values()) == pytest.approx(0, abs=1e-9)
+        assert found.state_bytes < found.budget
+
     def test_a_layer_with_a_window_only_has_nothing_to_train(self, rows: dict[str, Tensor]) -> None:
         model = donor()
         with torch.no_grad():

@@ -160,7 +160,8 @@ def _allocate(
     ]
     shapes = {
         "shared": _by_layer(mixers, share_windows(curves, tokens)),
-        "even": _by_layer(mixers, even_windows(count, tokens)),
+        # a window as long as the rows cannot be told from a longer one, and may be longer than the donor reads
+        "even": _by_layer(mixers, [min(window, sizes[-1]) for window in even_windows(count, tokens)]),
     }
     divergence = {name: measured.windows(windows, heads) for name, windows in shapes.items()}
     windows = shapes[min(shapes, key=lambda name: divergence[name])]
