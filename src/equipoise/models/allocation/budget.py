@@ -160,7 +160,7 @@ def _allocate(
     ]
     shapes = {
         "shared": _by_layer(mixers, share_windows(curves, tokens)),
-        # a window as long as the rows cannot be told from a longer one, and may be longer than the donor reads
+        # longer than the rows cannot be told from as long, and may be more than the donor reads
         "even": _by_layer(mixers, [min(window, sizes[-1]) for window in even_windows(count, tokens)]),
     }
     divergence = {name: measured.windows(windows, heads) for name, windows in shapes.items()}
