@@ -102,6 +102,10 @@ class TestFields:
              "RunConfig: window_dropout needs a hybrid with both branches."),
             (RunConfig, run(hybrid=None, finetune={"window_sizes": [4]}),
              "RunConfig: window_sizes needs a hybrid with a window."),
+            (RunConfig, run(
+                hybrid={"window": 64, "head_windows": [64, 8], "linear_heads": [0]},
+                finetune={"window_sizes": [32, 64]}),
+             "RunConfig: window_sizes gives all heads one window, and these layers or heads have their own."),
             (RunConfig, run(finetune={"window_sizes": [64, 32]}),
              "RunConfig: window_sizes must end with the hybrid's window, 64."),
             (RunConfig, run(finetune={"window_sizes": []}),

@@ -15,7 +15,7 @@ import json
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,37 +151,46 @@ def even(tokens: int) -> HybridConfig:
     return HybridConfig(window=tokens - SINKS, sinks=SINKS, feature_map=None)
 
 
-def moved(donor: Path, tokens: int, by_head: bool) -> HybridConfig:
-    """The same bytes moved between layers or heads: shared by worth, then improved by moves."""
+def searched(key: str, search: Callable[[], Any]) -> Any:
+    """What a search found, or had found before."""
     known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
-    key = f"{donor.name} {tokens} {'heads' if by_head else 'layers'}"
     if key not in known:
+        known[key] = search()
+        write_text(WINDOWS, json.dumps(known, indent=1))
+    return known[key]
+
+
+def measured_rows(donor: Path) -> dict[str, torch.Tensor]:
+    """Training rows that windows are searched on, ours and the rivals'."""
+    return {"input_ids": torch.from_numpy(rows_of(pair_text(donor, split="train", seed=1), 16))}
+
+
+def moved(donor: Path, tokens: int, *, by_head: bool) -> HybridConfig:
+    """The same bytes moved between layers or heads: shared by worth, then improved by moves."""
+    each = HEADS if by_head else 1
+
+    def search() -> list[list[int]]:
         model: Any = hybridize(AutoModelForCausalLM.from_pretrained(donor).eval(), even(tokens), check=False)
-        rows = rows_of(pair_text(donor, split="train", seed=1), 16)
-        measure = DonorDivergence(model, {"input_ids": torch.from_numpy(rows)}, batch_size=8)
+        measure = DonorDivergence(model, measured_rows(donor), batch_size=8)
         worth = measure.worth(SIZES, sinks=SINKS)
         units = worth.flatten(0, 1) if by_head else worth.sum(1)
         curves = [curve_of(values, SIZES) for values in units.tolist()]
-        each = HEADS if by_head else 1
         starts = [share_windows(curves, len(curves) * (tokens - SINKS)), [tokens - SINKS] * len(curves)]
 
         def loss(windows: list[int]) -> float:
             layers = [windows[i : i + each] for i in range(0, len(windows), each)]
             return measure.windowed(layers if by_head else windows, sinks=SINKS)
 
-        best = improved(min(starts, key=loss), loss, smallest=2, measurements=MOVES)
-        known[key] = [best[i : i + each] * (HEADS // each) for i in range(0, len(best), each)]
-        write_text(WINDOWS, json.dumps(known, indent=1))
-    layers: list[list[int]] = known[key]
-    return HybridConfig(
-        window=max(map(max, layers)),
-        sinks=SINKS,
-        feature_map=None,
-        per_layer={
-            i: {"window": max(of), **({"head_windows": of} if len(set(of)) > 1 else {})}
-            for i, of in enumerate(layers)
-        },
-    )
+        start = min(starts, key=loss)
+        best = improved(start, loss, smallest=2, longest=CONTEXT, measurements=MOVES)
+        return [best[i : i + each] * (HEADS // each) for i in range(0, len(best), each)]
+
+    layers = searched(f"{donor.name} {tokens} {'heads' if by_head else 'layers'}", search)
+    own: dict[int, dict[str, Any]] = {
+        i: {"window": max(of), **({"head_windows": of} if len(set(of)) > 1 else {})}
+        for i, of in enumerate(layers)
+    }
+    return HybridConfig(window=max(map(max, layers)), sinks=SINKS, feature_map=None, per_layer=own)
 
 
 def converted(
@@ -199,32 +208,30 @@ def converted(
 
 
 def shared_out(donor: Path, changed: dict[str, Any], bytes_: int, *, evenly: bool) -> dict[str, Any]:
-    """Settings of the recipe's hybrid, its bytes shared out on training rows: once for all seeds."""
-    known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
-    key = f"{donor.name} {bytes_} {json.dumps(changed, sort_keys=True)}" + " even" * evenly
-    if key not in known:
-        run = load_recipe("equipoise", {"hybrid": changed})
-        assert run.hybrid is not None
-        assert run.allocation is not None
-        settings = run.allocation.model_copy(
-            update={"state_bytes": bytes_, "linear_share": SHARE, "moves": 0 if evenly else MOVES}
-        )
-        rows = rows_of(pair_text(donor, split="train", seed=1), 16)
+    """The same settings with windows and linear heads, searched once for all runs of one head size."""
+    run = load_recipe("equipoise", {"hybrid": changed})
+    assert run.hybrid is not None
+    assert run.allocation is not None
+    hybrid, head = run.hybrid, linear_head_bytes(run.hybrid, HEAD_DIM)
+    settings = run.allocation.model_copy(
+        update={"state_bytes": bytes_, "linear_share": SHARE, "moves": MOVES}
+    )
+
+    def search() -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(donor).eval()
-        hybrid = run.hybrid.model_copy(update={"window": CONTEXT})
-        found = allocate(model, {"input_ids": torch.from_numpy(rows)}, hybrid, settings, batch_size=8)
-        values = found.hybrid.model_dump(mode="json")
-        if evenly:
-            window = (
-                found.budget - sum(map(len, found.linear_heads)) * linear_head_bytes(hybrid, HEAD_DIM)
-            ) // (LAYERS * HEADS * HEAD_DIM * 4) - SINKS
-            for own in values["per_layer"].values():
-                own.pop("head_windows", None)
-                own["window"] = window
-            values["window"] = window
-        known[key] = values
-        write_text(WINDOWS, json.dumps(known, indent=1))
-    return known[key]
+        found = allocate(model, measured_rows(donor), hybrid, settings, batch_size=8).hybrid
+        return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
+
+    found = searched(f"{donor.name} {bytes_} bytes, {head} a linear head", search)
+    if evenly:
+        linear = sum(len(own.get("linear_heads", ())) for own in found["per_layer"].values())
+        window = (bytes_ - linear * head) // (LAYERS * HEADS * HEAD_DIM * 4) - SINKS
+        dropped = {"window": window, "head_windows": None}
+        found = {
+            "window": window,
+            "per_layer": {layer: {**own, **dropped} for layer, own in found["per_layer"].items()},
+        }
+    return {**changed, **found}
 
 
 def settings_of(name: str, bytes_: int, steps: int = STEPS) -> tuple[str, dict[str, Any]]:
@@ -263,7 +270,7 @@ def score_run(name: str, seed: int, tokens: int, split: str, steps: int, console
     elif base == "heavy-hitters":
         model, state = plain, branches(plain, evicting(tokens))
     elif base in ("even", "moved", "moved-heads"):
-        config = even(tokens) if base == "even" else moved(donor, tokens, base == "moved-heads")
+        config = even(tokens) if base == "even" else moved(donor, tokens, by_head=base == "moved-heads")
         if how == "tuned":
             hybrid = config.model_dump(mode="json")
             tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": {"distillation": 1.0}}

@@ -255,8 +255,12 @@ class RunConfig(Settings):
             raise ValueError("window_dropout needs a hybrid with both branches")
         if tuned.window_sizes is not None and window is None:
             raise ValueError("window_sizes needs a hybrid with a window")
-        if tuned.window_sizes is not None and (self.allocation or (self.hybrid and self.hybrid.per_layer)):
-            raise ValueError("window_sizes gives all layers one window, and these layers have their own")
+        hybrid = self.hybrid
+        own = self.allocation or (hybrid and (hybrid.per_layer or hybrid.head_windows))
+        if tuned.window_sizes is not None and own:
+            raise ValueError(
+                "window_sizes gives all heads one window, and these layers or heads have their own"
+            )
         if tuned.window_sizes is not None and tuned.window_sizes[-1:] != (window,):
             raise ValueError(f"window_sizes must end with the hybrid's window, {window}")
         return self

@@ -40,8 +40,8 @@ class HybridConfig(Settings):
     layers: Literal["global", "all"] | tuple[int, ...] = "global"
     """Layers to convert: global (those not local already), all, or a list of indices."""
     write_gate: Literal["none", "per_token"] = "none"
-    """per_token: a key's features are scaled by exp(k . w), w learned per head, so that the state can pass
-    over what is not worth keeping."""
+    """per_token: a key's features are scaled by exp(k . w), by the delta rule by sigmoid(k . w + b), w and b
+    learned per head, so that the state can pass over what is not worth keeping."""
     linear_heads: tuple[int, ...] | None = None
     """Query heads that have the linear branch, and a state; the others attend to their window only. All where
     null."""

@@ -183,6 +183,7 @@ def test_refusals(model: Path, audit: Path, tmp_path: Path) -> None:
         ({}, "64", False),
         ({0: {"window": 8, "feature_map": None}, 1: {"window": 64}}, "8 to 64", True),
         ({1: {"linear_heads": (0,)}}, "64", True),
+        ({1: {"linear_heads": (0,), "head_windows": (64, 4)}}, "4 to 64", True),
     ],
 )
 def test_layers_that_differ_are_told_apart(own: Any, window: str, some: bool) -> None:

@@ -273,7 +273,7 @@ class HybridMixer(nn.Module):
     @property
     def linear_heads(self) -> int:
         """How many query heads have a linear branch, where the layer has one."""
-        return self.heads if self.config.linear_heads is None else len(self.config.linear_heads)
+        return len(self.linear_indices)
 
     def of_linear_heads(self, values: Tensor) -> Tensor:
         """[B, H, ...] of all query heads as [B, h, ...] of those with a linear branch."""

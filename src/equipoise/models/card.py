@@ -58,9 +58,10 @@ def metadata(
 
 
 def window_in_words(hybrid: dict[str, Any]) -> str:
-    """Tokens of the window, or from which to which where layers have their own: "64", "8 to 71"."""
-    own = (hybrid.get("per_layer") or {}).values()
-    sizes = {layer.get("window", hybrid["window"]) for layer in (hybrid, *own)} - {None}
+    """Tokens of the window, or from which to which where layers or heads have their own: "64", "8 to 71"."""
+    layers = [hybrid, *(hybrid.get("per_layer") or {}).values()]
+    windows = [layer.get("head_windows") or [layer.get("window", hybrid["window"])] for layer in layers]
+    sizes = {size for of in windows for size in of} - {None}
     least, most = min(sizes), max(sizes)
     return str(most) if least == most else f"{least} to {most}"
 

@@ -284,11 +284,12 @@ def _tensors(cache: HybridCache) -> dict[str, Tensor]:
     """Everything the cache holds, by layer and name, on the CPU and without the memory of views."""
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
-        held = vars(layer) if not isinstance(layer, HybridCacheLayer) else {}
-        if isinstance(layer, HybridCacheLayer) and layer.state is not None:
-            held = _named(layer.state.settled())  # slots of waiting tokens may hold anything
-        for name in held if isinstance(layer, HybridCacheLayer) else held.keys() & set(TENSOR_NAMES):
-            if (tensor := held[name]) is not None:
+        if not isinstance(layer, HybridCacheLayer):
+            held = {name: value for name, value in vars(layer).items() if name in TENSOR_NAMES}
+        else:  # settled: slots of waiting tokens may hold anything
+            held = {} if layer.state is None else _named(layer.state.settled())
+        for name, tensor in held.items():
+            if tensor is not None:
                 found[f"layers.{index}.{name}"] = tensor.detach().cpu().clone().contiguous()
     return found
 

@@ -55,7 +55,7 @@ class TestImproved:
         return 1e-2 * ((one - 30) ** 2 + (two - 6) ** 2 + (three - 4) ** 2 + (one - 30) * (two - 6))
 
     def test_it_finds_the_least(self) -> None:
-        found = improved([14, 13, 13], self.loss, smallest=2, measurements=500)
+        found = improved([14, 13, 13], self.loss, smallest=2, longest=40, measurements=500)
         assert sum(found) == 40
         assert self.loss(found) <= 0.02  # moves are of two tokens at least
 
@@ -67,13 +67,19 @@ class TestImproved:
                 seen.append(windows)
                 return self.loss(windows)
 
-            found = improved([14, 13, 13], counted, smallest=2, measurements=allowed)
+            found = improved([14, 13, 13], counted, smallest=2, longest=40, measurements=allowed)
             assert len(seen) <= allowed
             assert self.loss(found) <= self.loss([14, 13, 13])
 
     def test_no_window_is_shorter_than_the_smallest(self) -> None:
-        found = improved([10, 10], lambda windows: -float(windows[0]), smallest=5, measurements=500)
+        found = improved(
+            [10, 10], lambda windows: -float(windows[0]), smallest=5, longest=40, measurements=500
+        )
         assert found == [14, 6]
+
+    def test_no_window_is_longer_than_the_longest(self) -> None:
+        found = improved([10, 10], lambda w: -float(w[0]), smallest=2, longest=13, measurements=500)
+        assert found == [12, 8]
 
 
 def test_hull() -> None:

@@ -141,9 +141,7 @@ def _allocate(
             f"{settings.smallest_window} + {hybrid.sinks} tokens in {len(mixers)} layers, and one linear "
             f"branch), got {budget:,}: raise --state-bytes, or lower hybrid.feature_multiple."
         )
-    measured = _Measured(
-        model, inputs, hybrid.sinks, settings.linear_credit, batch_size, seen, settings.moves
-    )
+    measured = _Measured(model, inputs, hybrid.sinks, settings, batch_size, seen)
     sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget // costs.token)
     worth = measured.worth(sizes)
     even = _tokens_left(budget, 0, costs, count) // count
@@ -169,7 +167,7 @@ def _allocate(
         flat = improved(
             [window for of in windows for window in of],
             lambda tried: measured.windows(_by_layer(mixers, tried), heads),
-            smallest=settings.smallest_window, measurements=settings.moves,
+            smallest=settings.smallest_window, longest=sizes[-1], measurements=settings.moves,
         )  # fmt: skip
         windows = _by_layer(mixers, flat)
         divergence["moved"] = measured.windows(windows, heads)
@@ -248,13 +246,12 @@ class _Measured:
         model: Any,
         inputs: Mapping[str, Tensor],
         sinks: int,
-        credit: float,
+        settings: AllocationConfig,
         batch_size: int,
         seen: Callable[[int, int], None],
-        moves: int,
     ) -> None:
-        self.done, self.seen, self.sinks, self.credit = 0, seen, sinks, credit
-        self.weight = 1
+        self.done, self.weight, self.seen, self.sinks = 0, 1, seen, sinks
+        self.credit, moves = settings.linear_credit, settings.moves
         self.donor = DonorDivergence(model, inputs, batch_size=batch_size, tick=self._tick)
         self.total = (3 * STEPS + 2 + (moves and moves + 1)) * self.donor.batches
 

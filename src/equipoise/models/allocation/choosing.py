@@ -103,7 +103,12 @@ def even_windows(heads: int, tokens: int) -> list[int]:
 
 
 def improved(
-    windows: Sequence[int], loss: Callable[[list[int]], float], *, smallest: int, measurements: int
+    windows: Sequence[int],
+    loss: Callable[[list[int]], float],
+    *,
+    smallest: int,
+    longest: int,
+    measurements: int,
 ) -> list[int]:
     """Windows after moves of tokens from one head to another, for as long as that makes the loss smaller.
 
@@ -113,7 +118,7 @@ def improved(
     Args:
         windows: to start from.
         loss: of windows, to be measured.
-        smallest: no window gets shorter.
+        smallest, longest: no window gets shorter, or longer.
         measurements: stop after so many.
     """
     best, left = list(windows), measurements
@@ -133,7 +138,8 @@ def improved(
             better = False
             givers = [place for place, window in enumerate(best) if window - step >= smallest]
             give = sorted(givers, key=lambda place: measured(moved(place, -step, best)))
-            take = sorted(range(len(best)), key=lambda place: measured(moved(place, step, best)))
+            takers = [place for place, window in enumerate(best) if window + step <= longest]
+            take = sorted(takers, key=lambda place: measured(moved(place, step, best)))
             for giver, taker in itertools.product(give[:PAIRS], take[:PAIRS]):
                 tried = moved(taker, step, moved(giver, -step, best))
                 if giver == taker or left <= 0:
