@@ -84,6 +84,11 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "fixed-gate": {"hybrid": {"gate": "fixed"}},
     "full-writes": {"hybrid": {"write_gate": "none"}},
     "even-windows": {},
+    "no-summaries": {"allocation": {"elsewhere": None}},
+    "one-head": {"allocation": {"linear_share": SHARE / 2}},
+    "one-wide-head": {"hybrid": {"feature_multiple": 2}},
+    "two-wide-heads": {"hybrid": {"feature_multiple": 2}, "allocation": {"linear_share": 2 * SHARE}},
+    "far-3": {"finetune": {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}},
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
     "maps-frozen": {"finetune": {"train_maps": False}},
@@ -155,7 +160,10 @@ def searched(key: str, search: Callable[[], Any]) -> Any:
     """What a search found, or had found before."""
     known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
     if key not in known:
-        known[key] = search()
+        found = search()
+        # another run may have found something meanwhile
+        known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
+        known[key] = found
         write_text(WINDOWS, json.dumps(known, indent=1))
     return known[key]
 
@@ -207,14 +215,16 @@ def converted(
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
 
 
-def shared_out(donor: Path, changed: dict[str, Any], bytes_: int, *, evenly: bool) -> dict[str, Any]:
+def shared_out(
+    donor: Path, changed: dict[str, Any], allocation: Mapping[str, Any], bytes_: int, *, evenly: bool
+) -> dict[str, Any]:
     """The same settings with windows and linear heads, searched once for all runs of one head size."""
     run = load_recipe("equipoise", {"hybrid": changed})
     assert run.hybrid is not None
     assert run.allocation is not None
     hybrid, head = run.hybrid, linear_head_bytes(run.hybrid, HEAD_DIM)
     settings = run.allocation.model_copy(
-        update={"state_bytes": bytes_, "linear_share": SHARE, "moves": MOVES}
+        update={"state_bytes": bytes_, "linear_share": SHARE, "moves": MOVES, **allocation}
     )
 
     def search() -> dict[str, Any]:
@@ -222,10 +232,14 @@ def shared_out(donor: Path, changed: dict[str, Any], bytes_: int, *, evenly: boo
         found = allocate(model, measured_rows(donor), hybrid, settings, batch_size=8).hybrid
         return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
-    found = searched(f"{donor.name} {bytes_} bytes, {head} a linear head", search)
+    own = json.dumps([settings.linear_share, settings.elsewhere], sort_keys=True)
+    found = searched(f"{donor.name} {bytes_} bytes, {head} a linear head, {own}", search)
     if evenly:
-        linear = sum(len(own.get("linear_heads", ())) for own in found["per_layer"].values())
-        window = (bytes_ - linear * head) // (LAYERS * HEADS * HEAD_DIM * 4) - SINKS
+        layers = [hybrid.model_copy(update=own) for own in found["per_layer"].values()]
+        linear = sum(
+            len(of.linear_heads or ()) * linear_head_bytes(of, HEAD_DIM) for of in layers if of.feature_map
+        )
+        window = (bytes_ - linear) // (LAYERS * HEADS * HEAD_DIM * 4) - SINKS
         dropped = {"window": window, "head_windows": None}
         found = {
             "window": window,
@@ -242,7 +256,7 @@ def settings_of(name: str, bytes_: int, steps: int = STEPS) -> tuple[str, dict[s
     rates = DELTA_SCALE if delta else SCALE
     scale = {stage: {**rates[stage], **half[stage]} for stage in half}
     if name in ABLATIONS:
-        own = {stage: dict(values) for stage, values in ABLATIONS[name].items()}
+        own = {part: dict(values) for part, values in ABLATIONS[name].items()}
         merged = {stage: {**scale[stage], **own.pop(stage, {})} for stage in scale}
         hybrid = {"sinks": SINKS, **own.get("hybrid", {})}
         return "equipoise", {**merged, "hybrid": hybrid, "allocation": None}
@@ -280,7 +294,10 @@ def score_run(name: str, seed: int, tokens: int, split: str, steps: int, console
     else:
         recipe, settings = settings_of(base, bytes_, steps)
         if base in ABLATIONS:
-            settings["hybrid"] = shared_out(donor, settings["hybrid"], bytes_, evenly=base == "even-windows")
+            own = ABLATIONS[base].get("allocation", {})
+            settings["hybrid"] = shared_out(
+                donor, settings["hybrid"], own, bytes_, evenly=base == "even-windows"
+            )
         model = converted(donor, settings, recipe, seed, console)
     facts = {
         "bytes": bytes_ if base in ("donor", "heavy-hitters") else state_bytes(model),

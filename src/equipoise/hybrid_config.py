@@ -21,18 +21,21 @@ class HybridConfig(Settings):
     """sliding: keys i-w+1..i; terraced: the own block of w tokens and the one before."""
     mixing: str = "convex"
     """Mixing rule: convex (g SWA + (1-g) LA), competing (linear attention is one more key of the window's
-    softmax, its score learned) or shared (LoLCATs' single denominator)."""
+    softmax, its score learned), calibrated (one denominator, linear weights times a learned factor) or shared
+    (LoLCATs' single denominator)."""
     gate: Literal["fixed", "per_head", "per_token"] = "fixed"
     """The window's weight: a constant, learned per query head, or computed per head and token from q."""
     gate_value: float = Field(default=0.5, gt=0, lt=1)
-    """The window's weight g (shared: gamma; competing: sigmoid of linear attention's score), or where it
-    starts when learned."""
+    """The window's weight g (shared: gamma; competing, calibrated: sigmoid of linear attention's score), or
+    where it starts when learned."""
     overlap: bool = True
     """Whether linear attention also covers the keys in the window."""
     feature_map: str | None = "hedgehog"
     """Feature map of the linear branch; null for no linear branch."""
     feature_multiple: Literal[1, 2, 4] = 2
     """Feature dimension in multiples of head_dim."""
+    feature_dim: int | None = Field(default=None, ge=1)
+    """Feature dimension itself, for states smaller than head_dim; feature_multiple says it where null."""
     map_heads: Literal["query", "key_value"] = "query"
     """One key map per query head, or per key/value head (a state H/Hkv times smaller)."""
     sinks: int = Field(default=0, ge=0)
@@ -75,8 +78,11 @@ class HybridConfig(Settings):
             raise ValueError(f"linear_heads must be indices of heads in order, got {list(heads)}")
         if self.window is None or self.feature_map is None:
             raise ValueError("linear_heads needs both branches: the other heads have a window only")
-        if self.mixing not in ("convex", "competing") or not self.overlap or self.map_heads != "query":
-            raise ValueError("linear_heads needs mixing convex or competing, overlap true, map_heads query")
+        mixings = ("convex", "competing", "calibrated")
+        if self.mixing not in mixings or not self.overlap or self.map_heads != "query":
+            raise ValueError(
+                "linear_heads needs mixing convex, competing or calibrated, overlap true, map_heads query"
+            )
         return self
 
     @model_validator(mode="after")
@@ -98,11 +104,16 @@ class HybridConfig(Settings):
     def _update(self) -> HybridConfig:
         if self.state_update == "additive" or self.feature_map is None:
             return self
-        if self.window is None or self.mixing != "convex" or not self.overlap or self.map_heads != "query":
+        mixings = ("convex", "competing")
+        if self.window is None or self.mixing not in mixings or not self.overlap or self.map_heads != "query":
             raise ValueError(
-                "state_update delta needs a window, mixing convex, overlap true and map_heads query"
+                "state_update delta needs a window, mixing convex or competing, overlap true, map_heads query"
             )
         return self
+
+    def features(self, head_dim: int) -> int:
+        """F, the features of a head of D numbers."""
+        return self.feature_multiple * head_dim if self.feature_dim is None else self.feature_dim
 
     def for_layer(self, index: int) -> HybridConfig:
         """The settings that one layer has."""
@@ -129,6 +140,9 @@ class AllocationConfig(Settings):
     least_importance: float = Field(default=0.1, ge=0, le=1)
     """A head gets a linear branch where full attention in it restores at least this share of what it restores
     in the head that needs it most."""
+    elsewhere: dict[str, Any] | None = None
+    """Settings of the linear branch in all heads of layers where no head needs a large one: a small state
+    that stands for what the window leaves out. Null leaves those layers their window only."""
     moves: int = Field(default=0, ge=0)
     """Measurements that may be spent on improving windows by moving tokens from head to head, each a forward
     pass over all rows."""

@@ -7,7 +7,8 @@ import torch
 
 from equipoise.config import HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS, FeatureMap
-from equipoise.layers.mixer import HybridMixer
+from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.ops import Branches
 from equipoise.registry import UnknownNameError
 from support import normal
 
@@ -152,3 +153,42 @@ def test_odd_dimension_of_a_two_sided_map() -> None:
 def test_unknown_map_names_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown feature map 'hedgehod'. Did you mean 'hedgehog'\?"):
         mixer(feature_map="hedgehod")
+
+
+def test_constant_features_make_linear_attention_a_mean() -> None:
+    settings = {"feature_map": "constant", "feature_dim": 1, "window": None}
+    built = mixer(**settings).double()
+    q, k, v = normal(2, 4, 9, DIM), normal(2, 2, 9, DIM, seed=1), normal(2, 2, 9, DIM, seed=2)
+    assert not list(built.parameters())
+    got, state = built.hybrid(LayerInputs(q, k, v, scale=1.0), keep_state=True)
+    means = v.cumsum(2) / torch.arange(1, 10)[:, None]
+    torch.testing.assert_close(got, means.repeat_interleave(2, 1))
+    assert state is not None
+    assert state.linear_state is not None
+    assert state.linear_state.shape == (2, 4, 1, DIM)
+
+
+def test_gated_constant_features_make_it_a_weighted_mean() -> None:
+    built = mixer(feature_map="constant", feature_dim=1, window=None, write_gate="per_token").double()
+    k, v = normal(2, 2, 9, DIM, seed=1), normal(2, 2, 9, DIM, seed=2)
+    built.phi_k.write_weight.data = normal(4, DIM, seed=3)
+    got, _ = built.hybrid(LayerInputs(normal(2, 4, 9, DIM), k, v, scale=1.0))
+    scores = (k.repeat_interleave(2, 1) * built.phi_k.write_weight[:, None]).sum(-1)
+    weights = scores[:, :, None].expand(-1, -1, 9, -1).masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf)
+    torch.testing.assert_close(got, weights.softmax(-1) @ v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("mixing", ["convex", "competing", "calibrated"])
+@pytest.mark.parametrize("own", [{}, {"head_windows": (5, 2)}])
+def test_the_window_alone_is_the_same_with_and_without_a_state(mixing: str, own: dict[str, object]) -> None:
+    """Without one the linear branch is left out, not computed and dropped."""
+    built = mixer(window=5, mixing=mixing, gate="per_token", linear_heads=(0, 3), **own).double()
+    inputs = LayerInputs(normal(2, 4, 9, DIM), normal(2, 2, 9, DIM), normal(2, 2, 9, DIM, seed=2), scale=1.0)
+    flags = Branches(linear=False, reading="renormalised")
+    whole, state = built.hybrid(inputs, branches=flags, keep_state=True)
+    alone, none = built.hybrid(inputs, branches=flags)
+    assert state is not None
+    assert none is None
+    torch.testing.assert_close(alone, whole)
+    literal, _ = built.hybrid(inputs, branches=Branches(linear=False))
+    assert not torch.allclose(literal, whole)

@@ -14,9 +14,10 @@ from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
 from equipoise.audit.measures import measure
 from equipoise.config import ConfigError
 from equipoise.data.packing import EvaluationWindow
-from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate, WriteStrength
+from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode
+from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.models.families import ConversionError
 from support import normal, random_tokens, tiny_model
 
@@ -226,8 +227,8 @@ def test_write_strength() -> None:
         ({"window": 6, "head_windows": (6, 2), "layout": "terraced"}, "needs layout sliding"),
         ({"window": 6, "head_windows": (6, 2)}, "needs linear_heads"),
         (
-            {"state_update": "delta", "mixing": "competing", "linear_heads": (0,)},
-            "delta needs a window, mixing convex",
+            {"state_update": "delta", "mixing": "calibrated", "linear_heads": (0,)},
+            "delta needs a window, mixing convex or competing",
         ),
     ],
 )

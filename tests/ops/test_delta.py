@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from equipoise.ops.checks import check_delta
 from equipoise.ops.delta import delta_attention
 from equipoise.ops.head_subset import subset_attention
 from equipoise.ops.head_windows import head_windows_attention
-from equipoise.ops.reference import delta_rule
+from equipoise.ops.reference import delta_rule, visible_keys
 from support import normal, padding_mask, segments_of
 
 B, H, T, D, F, E = 2, 3, 37, 8, 6, 5
@@ -190,6 +191,69 @@ class TestInSingleHeads:
         gate = 0.3 if flags.window is True else 0.0
         expected[:, self.HEADS] = gate * expected[:, self.HEADS] + (1 - gate) * far
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("size", [1.0, 1000.0])
+    @pytest.mark.parametrize("masked", ["plain", "sinks", "packed", "left", "sink logits"])
+    def test_competing_is_one_key_of_the_windows_softmax(self, masked: str, size: float) -> None:
+        q, k, v, phi_q, phi_k = self.drawn()
+        more: dict[str, Any] = {**MASKS, "sinks": {"sinks": 3}, "sink logits": {"sink_logits": normal(4)}}[
+            masked
+        ]
+        score = size * normal(B, 4, T, seed=6)
+        common: dict[str, Any] = {"heads": self.HEADS, "update": "delta", "mixing": "competing", **more}
+        got, _ = subset_attention(q, k, v, phi_q, phi_k, window=5, gate=score, **common)
+        masks = {name: more[name] for name in ("key_mask", "segment_ids") if name in more}
+        far, _ = delta_rule(phi_q, phi_k, v.repeat_interleave(2, 1)[:, self.HEADS], **masks)
+        near, _ = window_attention(q, k, v, window=5, **more)
+        expected = near.clone()
+        real = more.get("key_mask", torch.ones(B, T, dtype=torch.bool))
+        segments = more.get("segment_ids", torch.zeros(B, T, dtype=torch.int64))
+        for row in range(B):
+            _, seen = visible_keys(
+                T, window=5, layout="sliding", sinks=more.get("sinks", 0), valid=real[row].tolist(),
+                segments=segments[row].tolist(),
+            )  # fmt: skip
+            for place, head in enumerate(self.HEADS):
+                scores = (q[row, head] @ k[row, head // 2].mT * D**-0.5).masked_fill(~seen, -torch.inf)
+                mass = scores.logsumexp(-1)
+                if "sink_logits" in more:
+                    mass = mass.logaddexp(more["sink_logits"][head])
+                share = (mass - score[row, head]).sigmoid()[:, None]
+                mixed = share * near[row, head] + (1 - share) * far[row, place]
+                expected[row, head] = torch.where(real[row, :, None], mixed, 0.0)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("masked", ["plain", "packed", "left", "sinks"])
+    def test_competing_split_anywhere(self, masked: str) -> None:
+        q, k, v, phi_q, phi_k = self.drawn()
+        more: dict[str, Any] = {**MASKS, "sinks": {"sinks": 3}}[masked]
+        score = normal(B, 4, T, seed=6)
+
+        def read(*cuts: int) -> Tensor:
+            outs, state = list[Tensor](), None
+            for start, stop in pairwise((0, *cuts, T)):
+                part = slice(start, stop)
+                own = {n: x[:, part] if isinstance(x, Tensor) else x for n, x in more.items()}
+                out, state = head_windows_attention(
+                    q[:, :, part], k[:, :, part], v[:, :, part], phi_q[:, :, part], phi_k[:, :, part],
+                    windows=(5, 3), heads=self.HEADS,
+                    update="delta", mixing="competing", gate=score[:, :, part], initial_state=state,
+                    output_final_state=True, **own,
+                )  # fmt: skip
+                outs.append(out)
+            return torch.cat(outs, 2)
+
+        torch.testing.assert_close(read(4, 5, 6, 30), read(), rtol=1e-9, atol=1e-10)
+
+    def test_competing_gradients(self) -> None:
+        tensors = [x.clone().requires_grad_() for x in (*self.drawn(), normal(B, 4, T, seed=6))]
+
+        def run(*of: Tensor) -> Tensor:
+            return subset_attention(
+                *of[:5], heads=self.HEADS, window=5, update="delta", mixing="competing", gate=of[5]
+            )[0]
+
+        assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
 
     def test_states_of_rows(self) -> None:
         q, k, v, phi_q, phi_k = self.drawn()

@@ -65,7 +65,7 @@ def test_equals_the_hybrid_with_heads_switched_off(masked: str, flags: str, gate
     torch.testing.assert_close(got, expected(q, k, v, phi_q, phi_k, **more), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("mixing", ["convex", "competing"])
+@pytest.mark.parametrize("mixing", ["convex", "competing", "calibrated"])
 @pytest.mark.parametrize("masked", MASKS)
 def test_splitting_anywhere_changes_nothing(masked: str, mixing: str) -> None:
     q, k, v, phi_q, phi_k = drawn()
@@ -91,10 +91,10 @@ def test_splitting_anywhere_changes_nothing(masked: str, mixing: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def competing(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, score: Tensor, sinks: int = 0
+def written_out(
+    mixing: str, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, score: Tensor, sinks: int = 0
 ) -> Tensor:
-    """One softmax over a window of 5, sinks, and linear attention as a key of its own, written out."""
+    """One softmax over a window of 5, sinks, and linear attention: as a key (competing), or key by key."""
     distance = torch.arange(T)[:, None] - torch.arange(T)
     seen = (distance >= 0) & ((distance < 5) | (torch.arange(T) < sinks))
     k, v = k.repeat_interleave(H // N, 1), v.repeat_interleave(H // N, 1)
@@ -103,63 +103,70 @@ def competing(
     for head in HEADS:
         products = (phi_q[:, head] @ phi_k[:, head].mT).tril()
         linear = products @ v[:, head] / products.sum(-1, keepdim=True)
+        if mixing == "calibrated":
+            every = products.log() + score[:, head, :, None]
+            joint = torch.cat([scores[:, head], every], -1).softmax(-1)
+            out[:, head] = joint @ torch.cat([v[:, head]] * 2, -2)
+            continue
         joint = torch.cat([scores[:, head], score[:, head, :, None]], -1).softmax(-1)
         out[:, head] = joint[..., :-1] @ v[:, head] + joint[..., -1:] * linear
     return out
 
 
-class TestCompeting:
+@pytest.mark.parametrize("mixing", ["competing", "calibrated"])
+class TestScoredRules:
     @pytest.mark.parametrize("sinks", [0, 3])
     @pytest.mark.parametrize("size", [1.0, 1000.0])  # exp of a score of 1,000 is infinite
-    def test_is_one_softmax(self, sinks: int, size: float) -> None:
+    def test_is_one_softmax(self, sinks: int, size: float, mixing: str) -> None:
         q, k, v, phi_q, phi_k = drawn()
         score, index = size * normal(B, H, T, seed=6), list(HEADS)
         got, _ = subset_attention(
-            q, k, v, phi_q[:, index], phi_k[:, index], heads=HEADS, window=5, mixing="competing", gate=score,
+            q, k, v, phi_q[:, index], phi_k[:, index], heads=HEADS, window=5, mixing=mixing, gate=score,
             sinks=sinks,
         )  # fmt: skip
-        expected = competing(q, k, v, phi_q, phi_k, score, sinks)
+        expected = written_out(mixing, q, k, v, phi_q, phi_k, score, sinks)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
-    def test_scores_are_not_bound_to_their_size(self) -> None:
+    def test_scores_are_not_bound_to_their_size(self, mixing: str) -> None:
         """Keys ten times as long make the window count more; their maximum alone would make no difference."""
         q, k, v, phi_q, phi_k = drawn()
         for factor in (1.0, 10.0):
             score = torch.full((B, H, T), 2.0, dtype=q.dtype)
             got, _ = subset_attention(
                 q, factor * k, v, phi_q[:, HEADS], phi_k[:, HEADS], heads=HEADS, window=5,
-                mixing="competing", gate=score,
+                mixing=mixing, gate=score,
             )  # fmt: skip
-            expected = competing(q, factor * k, v, phi_q, phi_k, score)
+            expected = written_out(mixing, q, factor * k, v, phi_q, phi_k, score)
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
-    def test_gradients(self) -> None:
+    def test_gradients(self, mixing: str) -> None:
         q, k, v, phi_q, phi_k = drawn()
         score, weights = normal(B, H, T, seed=6), normal(B, H, T, D, seed=9)
-        mine, theirs = ([t.clone().requires_grad_() for t in (q, k, v, score)] for _ in range(2))
+        tensors = (q, k, v, phi_q, phi_k, score)
+        mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
         own, _ = subset_attention(
             *mine[:3],
-            phi_q[:, HEADS],
-            phi_k[:, HEADS],
+            mine[3][:, HEADS],
+            mine[4][:, HEADS],
             heads=HEADS,
             window=5,
-            mixing="competing",
-            gate=mine[3],
+            mixing=mixing,
+            gate=mine[5],
         )
         (own * weights).sum().backward()
-        (competing(*theirs[:3], phi_q, phi_k, theirs[3]) * weights).sum().backward()
+        (written_out(mixing, *theirs) * weights).sum().backward()
         for one, other in zip(mine, theirs, strict=True):
             assert one.grad is not None
             assert other.grad is not None
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-10)
 
-    def test_one_branch_alone(self) -> None:
+    def test_one_branch_alone(self, mixing: str) -> None:
         q, k, v, phi_q, phi_k = drawn()
         index, score = list(HEADS), normal(B, H, T, seed=6)
         for flags in (FLAGS["window"], FLAGS["linear"]):
             common: Any = {"heads": HEADS, "window": 5, "branches": flags}
             got, _ = subset_attention(
-                q, k, v, phi_q[:, index], phi_k[:, index], mixing="competing", gate=score, **common
+                q, k, v, phi_q[:, index], phi_k[:, index], mixing=mixing, gate=score, **common
             )
             convex, _ = subset_attention(q, k, v, phi_q[:, index], phi_k[:, index], gate=0.5, **common)
             torch.testing.assert_close(got, convex)

@@ -49,6 +49,7 @@ SETTINGS = {
     "sink logits": {"sink_logits": normal(H, seed=8)},
     "gates": {"gate": normal(B, H, T, seed=6).sigmoid()},
     "competing": {"gate": normal(B, H, T, seed=6), "mixing": "competing", "sinks": 2},
+    "calibrated": {"gate": normal(B, H, T, seed=6), "mixing": "calibrated", "sinks": 2},
     "window": {"branches": Branches(linear=False, reading="renormalised")},
     "by head": {
         "branches": Branches(window=torch.tensor([[True, False] * 3] * B), reading="renormalised"),
@@ -70,7 +71,7 @@ def test_equals_each_head_by_itself(setting: str, heads: tuple[int, ...]) -> Non
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("mixing", ["convex", "competing"])
+@pytest.mark.parametrize("mixing", ["convex", "competing", "calibrated"])
 @pytest.mark.parametrize("heads", [(2, 3), HEADS], ids=["one group", "both groups"])
 def test_maps_are_as_good_as_features(heads: tuple[int, ...], mixing: str) -> None:
     q, k, v, *_ = drawn()
@@ -99,7 +100,7 @@ def read(q: Tensor, k: Tensor, v: Tensor, phi: Any, cuts: tuple[int, ...], **mor
     return torch.cat(outs, 2)
 
 
-@pytest.mark.parametrize("mixing", ["convex", "competing"])
+@pytest.mark.parametrize("mixing", ["convex", "competing", "calibrated"])
 @pytest.mark.parametrize("setting", ["plain", "left", "packed", "sinks"])
 def test_split_anywhere(setting: str, mixing: str) -> None:
     q, k, v, *_ = drawn()

@@ -52,7 +52,7 @@ class FeatureMap(nn.Module, ABC):
                 f"a map that uses both signs needs an even feature dimension, got {feature_dim}."
             )
         columns = self.columns(feature_dim)
-        self.heads, self.feature_dim = heads, feature_dim
+        self.heads, self.head_dim, self.feature_dim = heads, head_dim, feature_dim
         self.weight = nn.Parameter(torch.empty(heads, head_dim, columns))
         self.bias = nn.Parameter(torch.zeros(heads, 1, columns)) if self.biased else None
 
@@ -339,61 +339,27 @@ class Unit(FeatureMap):
         return unit if self.log_scale is None else unit * self.log_scale.to(unit.dtype).exp()
 
 
-class WriteGate(nn.Module):
-    """phi(k) exp(k . w), w per map: a key that matters little adds little to S and z, and so to every output.
+@FEATURE_MAPS.register("constant")
+class Constant(FeatureMap):
+    """1, whatever the token: nothing to learn, and one feature is as good as many.
 
-    The exponent is clamped to ±8, which features of float32 bear; w starts at 0, where nothing is gated.
-
-    Args:
-        phi: the map of keys; its parameters are this module's too.
+    The state is the sum of all values and their number, E + 1 numbers a head, and linear attention is their
+    mean; with a `WriteGate` a weighted one. For heads that look far without looking for one thing.
     """
 
-    LIMIT = 8.0
+    two_sided = False
 
-    def __init__(self, phi: FeatureMap) -> None:
-        super().__init__()
-        self.phi = phi
-        self.heads, self.feature_dim = phi.heads, phi.feature_dim
-        self.write_weight = nn.Parameter(torch.zeros(phi.heads, phi.weight.shape[1]))
+    def __init__(self, heads: int, head_dim: int, feature_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.head_dim, self.feature_dim = heads, head_dim, feature_dim
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """The map's own start, and a gate that is open for all."""
-        self.phi.reset_parameters(generator)
-        self.write_weight.zero_()
-
-    def products(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t"]:
-        """k . w."""
-        groups = self.heads // x.shape[1]
-        weight = self.write_weight.to(x.dtype).view(x.shape[1], groups, -1)
-        return torch.einsum("bhtd,hgd->bhgt", x, weight).flatten(1, 2)
+        """Nothing to reset."""
 
     def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
-        """Map and gate a block, shapes as in `FeatureMap.forward`."""
-        exponent = self.products(x)
-        return self.phi(x) * exponent.clamp(-self.LIMIT, self.LIMIT).exp()[..., None]
+        """Ones."""
+        return x.new_ones(x.shape[0], self.heads, x.shape[2], self.feature_dim)
 
-
-class WriteStrength(WriteGate):
-    """phi(k) sigmoid(k . w + b): the share of what the state says of a key that is replaced by its value.
-
-    Starts at sigmoid(-4) = 0.02 for all keys: what is written erodes what is there, and most text is not
-    worth it. From 0.12, hybrids of a pilot answered less of what lay furthest back (docs/research/02).
-    """
-
-    INITIAL = -4.0
-
-    def __init__(self, phi: FeatureMap) -> None:
-        super().__init__(phi)
-        self.write_bias = nn.Parameter(torch.full((phi.heads, 1), self.INITIAL))
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """The map's own start, and the same strength for all keys."""
-        super().reset_parameters(generator)
-        self.write_bias.fill_(self.INITIAL)
-
-    def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
-        """Map and weigh a block, shapes as in `FeatureMap.forward`."""
-        strength = torch.sigmoid(self.products(x) + self.write_bias.to(x.dtype))
-        return self.phi(x) * strength[..., None]
+    def activation(self, projected: Tensor) -> Tensor:
+        return torch.ones_like(projected)

@@ -15,11 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equipoise.config import ConfigError, HybridConfig
-from equipoise.layers.feature_maps import FEATURE_MAPS, WriteGate, WriteStrength
+from equipoise.layers.feature_maps import FEATURE_MAPS
+from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
 from equipoise.ops.eviction import Eviction, evicting_attention
 from equipoise.ops.head_subset import heads_of, subset_attention
 from equipoise.ops.head_windows import head_windows_attention
+from equipoise.ops.mix import SCORED_RULES
 
 SINKS_STATE_KEYS = 8
 """Keys that the ``sinks`` ablation leaves: the first eight (arXiv 2510.05901)."""
@@ -83,6 +85,16 @@ def _same_flag(one: bool | Tensor, other: bool | Tensor) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     return one is other
+
+
+def _window_alone(branches: Branches | None) -> bool:
+    """Whether the window runs at weight 1 in every row and head."""
+    return (
+        branches is not None
+        and branches.window is True
+        and branches.linear is False
+        and branches.reading == "renormalised"
+    )
 
 
 def _logit(probability: float) -> float:
@@ -170,7 +182,7 @@ class HybridMixer(nn.Module):
                 f"{list(config.head_windows)}."
             )
         if config.feature_map is not None:
-            feature_map, features = FEATURE_MAPS[config.feature_map], config.feature_multiple * head_dim
+            feature_map, features = FEATURE_MAPS[config.feature_map], config.features(head_dim)
             count = heads if config.linear_heads is None else len(config.linear_heads)
             self.phi_q = feature_map(count, head_dim, features)
             key_maps = count if config.map_heads == "query" else kv_heads
@@ -211,9 +223,9 @@ class HybridMixer(nn.Module):
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
         """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T].
 
-        For mixing ``competing`` it is linear attention's score, without the sigmoid.
+        For mixing rules that want a score (``competing``, ``calibrated``) it is that, without the sigmoid.
         """
-        scored = self.config.mixing == "competing"
+        scored = self.config.mixing in SCORED_RULES
         if self.gate_logit is None:
             return _logit(self.config.gate_value) if scored else self.config.gate_value
         squash = torch.clone if scored else torch.sigmoid
@@ -314,7 +326,7 @@ class HybridMixer(nn.Module):
 
         A flag of ``branches`` that is [1, H] holds for every row, whatever the batch: branches by head.
         """
-        config = self.config
+        config, linear_heads = self.config, self.config.linear_heads
         phi_q = self.phi_q if phi_q is None else phi_q
         phi_k = self.phi_k if phi_k is None else phi_k
         head_windows = config.head_windows if window is None else None
@@ -327,12 +339,19 @@ class HybridMixer(nn.Module):
             "sink_logits": None if window is None else inputs.sink_logits,
             "initial_state": state, "output_final_state": keep_state,
         }  # fmt: skip
+        if state is None and not keep_state and window is not None and _window_alone(branches):
+            phi_q, phi_k, linear_heads, common["branches"] = (
+                None,
+                None,
+                None,
+                None,
+            )  # nothing else is computed
         if head_windows is not None:
             return head_windows_attention(
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
-                heads=config.linear_heads or (), mixing=config.mixing, update=config.state_update, **common,
+                heads=linear_heads or (), mixing=config.mixing, update=config.state_update, **common,
             )  # fmt: skip
-        if config.linear_heads is not None or (config.state_update == "delta" and phi_q is not None):
+        if linear_heads is not None or (config.state_update == "delta" and phi_q is not None):
             assert phi_q is not None
             assert phi_k is not None
             assert window is not None

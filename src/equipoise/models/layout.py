@@ -172,7 +172,7 @@ def state_bytes(model: nn.Module) -> int:
 def linear_head_bytes(config: HybridConfig, head_dim: int) -> int:
     """Of S and z of one head; the delta rule has no z."""
     columns = head_dim + (config.state_update == "additive")
-    return config.feature_multiple * head_dim * columns * STATE_BYTES
+    return config.features(head_dim) * columns * STATE_BYTES
 
 
 def equal_window(model: nn.Module, *, sinks: int = 4) -> int:

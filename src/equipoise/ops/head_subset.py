@@ -69,12 +69,19 @@ def subset_attention(
     Args:
         heads: indices of the h query heads, in order.
         phi_q, phi_k: features, or maps, of those heads.
-        update: how S takes in a key: ``additive``, or by the ``delta`` rule (convex mixing only).
+        update: how S takes in a key: ``additive``, or by the ``delta`` rule (mixing convex or competing).
 
     Other arguments, returns and errors as in `hybrid_attention`.
     """
     branches = branches or Branches()
-    parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1], mixing)
+    if mixing != "convex" and update == "additive" and len(heads) == q.shape[1]:
+        return hybrid_attention(
+            q, k, v, phi_q, phi_k, window=window, mixing=mixing, layout=layout, gate=gate, scale=scale,
+            softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches, sinks=sinks,
+            sink_logits=sink_logits, initial_state=initial_state, output_final_state=output_final_state,
+        )  # fmt: skip
+    apart = mixing == "convex" or update == "delta"  # a mean of two results, of which one is there already
+    parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1], apart=apart)
     common: dict[str, Any] = {
         "key_mask": key_mask, "segment_ids": segment_ids, "output_final_state": output_final_state,
     }  # fmt: skip
@@ -84,7 +91,11 @@ def subset_attention(
     near, window_state = window_attention(q, k, v, sink_logits=sink_logits, initial_state=parts[0], **seen)
     index, chosen = torch.tensor(heads, device=q.device), heads_of(heads, q, k, v)
     share = _of_heads(gate, q, index)
-    if mixing == "convex":  # a mean of two results, of which one is there already
+    if apart:
+        if mixing != "convex":
+            held = None if initial_state is None else _split(initial_state, heads, q.shape[1], apart=False)[1]
+            logits = None if sink_logits is None else sink_logits[index]
+            share = _window_share(chosen[0], chosen[1], share, held, {**seen, "sink_logits": logits})
         attention = delta_attention if update == "delta" else linear_attention
         far, linear_state = attention(*chosen, phi_q, phi_k, initial_state=parts[1], **common)
         mixed = _mix(near[:, index], far, share, branches, index)
@@ -96,8 +107,8 @@ def subset_attention(
     out = near.index_copy(1, index, mixed.to(near.dtype))
     if window_state is None or linear_state is None:
         return out, None
-    held = {name: getattr(linear_state, name) for name in _LINEAR_FIELDS}
-    return out, replace(window_state, **held)
+    sums = {name: getattr(linear_state, name) for name in _LINEAR_FIELDS}
+    return out, replace(window_state, **sums)
 
 
 def flags_of(branches: Branches, index: Tensor) -> Branches:
@@ -133,13 +144,38 @@ def _mix(near: Tensor, far: Tensor, gate: Tensor, branches: Branches, index: Ten
     return share * near * window + (1 - share) * far * linear
 
 
+def _window_share(
+    q: Tensor, k: Tensor, score: Tensor, state: AttentionState | None, seen: dict[str, Any]
+) -> Tensor:
+    """The window's part of a softmax that has the score as one more key [B, h, T, 1].
+
+    The other part is that key's term where all values are 1, and so their mean.
+    """
+
+    def ones(x: Tensor) -> Tensor:
+        return torch.ones_like(x[..., :1])
+
+    if state is not None:
+        nothing = score.new_zeros(*q.shape[:2], 1, 1)
+        state = replace(
+            state, values=ones(state.values), linear_state=nothing, linear_normalizer=nothing[..., 0],
+            sink_values=None if state.sink_values is None else ones(state.sink_values),
+        )  # fmt: skip
+    settings: dict[str, Any] = {**seen, "output_final_state": False}
+    other, _ = hybrid_attention(
+        q, k, ones(k), ones(q), ones(q), mixing="competing", gate=score[..., 0], initial_state=state,
+        branches=Branches(window=False), **settings,
+    )  # fmt: skip
+    return 1 - other
+
+
 def _split(
-    state: AttentionState, heads: Sequence[int], total: int, mixing: str
+    state: AttentionState, heads: Sequence[int], total: int, *, apart: bool
 ) -> tuple[AttentionState, AttentionState]:
-    """One state as all heads' windows and the chosen heads'; linear attention alone keeps one token."""
+    """One state as all heads' windows and the chosen heads'; linear attention apart keeps one token."""
     window = replace(state, **dict.fromkeys(_LINEAR_FIELDS))
     index = torch.tensor(heads, device=state.keys.device) // (total // state.keys.shape[1])
-    if mixing != "convex":
+    if not apart:
         sinks = [None if t is None else t[:, index] for t in (state.sink_keys, state.sink_values)]
         chosen = {"keys": state.keys[:, index], "values": state.values[:, index]}
         return window, replace(state, **chosen, sink_keys=sinks[0], sink_values=sinks[1])

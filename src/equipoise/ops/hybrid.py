@@ -52,9 +52,9 @@ def hybrid_attention(
         window: w, the number of last tokens the softmax sees; None for no window branch; 0 leaves only sinks.
         layout: ``sliding`` (keys i-w+1..i) or ``terraced`` (own block of w and the one before, blocks counted
             from each segment's first real token).
-        mixing: name of a mixing rule: ``convex``, ``competing``, ``shared`` or ``shared-affine``.
-        gate: the window's weight g, gamma for ``shared``, linear attention's score l for ``competing``; a
-            number, or a tensor that broadcasts to [B, H, T].
+        mixing: name of a rule: ``convex``, ``competing``, ``calibrated``, ``shared`` or ``shared-affine``.
+        gate: the window's weight g, gamma for ``shared``, linear attention's score l for ``competing`` and
+            ``calibrated``; a number, or a tensor that broadcasts to [B, H, T].
         overlap: whether linear attention also covers the keys in the window.
         scale: factor on the scores; D ** -0.5 where None.
         softcap: scores become softcap * tanh(score / softcap), as in Gemma 2; window branch only.

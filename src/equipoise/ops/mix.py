@@ -44,6 +44,15 @@ MixingRule = Callable[[Branch, Branch, Tensor], tuple[Tensor, Tensor]]
 """(window, linear, gate broadcastable to [B, H, T, 1]) -> the two branches' terms, each [B, H, T, E]."""
 
 MIXING_RULES: Registry[MixingRule] = Registry("mixing rule")
+SCORED_RULES: set[str] = set()
+"""Rules whose gate is a score, on the scale of q . k / sqrt(D): any number, where others want a weight in
+(0, 1)."""
+
+
+def scored_rule(name: str) -> Callable[[MixingRule], MixingRule]:
+    """Decorator that registers a rule whose gate is a score."""
+    SCORED_RULES.add(name)
+    return MIXING_RULES.register(name)
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -62,7 +71,7 @@ def convex(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor
     return weight * window.normalised(), (1 - weight) * linear.normalised()
 
 
-@MIXING_RULES.register("competing")
+@scored_rule("competing")
 def competing(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Linear attention as one more key of the window's softmax; the gate is that key's score l.
 
@@ -75,6 +84,17 @@ def competing(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Ten
     near, far = (window.top - top).exp(), (gate - top).exp() * linear.visible
     denominator = near * window.denominator + far
     return divide(near * window.numerator, denominator), divide(far * linear.normalised(), denominator)
+
+
+@scored_rule("calibrated")
+def calibrated(window: Branch, linear: Branch, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """One denominator for both, linear weights on softmax's scale: the gate is the log of their factor, l.
+
+    o = (sum exp(s) v + exp(l) sum phi(q) phi(k) v) / (sum exp(s) + exp(l) sum phi(q) phi(k)). What `shared`
+    leaves to the row's maximum is learned here, and the branch's weight grows with the number and the weight
+    of its keys, which `competing` has to guess from the query. Features must not be negative.
+    """
+    return competing(window, linear, gate + linear.denominator.clamp_min(EPSILON).log())
 
 
 @MIXING_RULES.register("shared")

@@ -227,6 +227,40 @@ class TestAllocate:
         with pytest.raises(ValueError, match=words):
             allocate(donor(), rows, parse(HybridConfig, {"window": 10, "sinks": 2, **hybrid}))
 
+    def test_layers_without_chosen_heads_get_small_states(self, rows: dict[str, Tensor]) -> None:
+        model = donor()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+        small = {"feature_map": "constant", "feature_dim": 1, "mixing": "calibrated", "gate": "per_token"}
+        settings = SETTINGS.model_copy(update={"state_bytes": 1_500})
+        plain = allocate(model, rows, HYBRID, settings)
+        found = allocate(model, rows, HYBRID, settings.model_copy(update={"elsewhere": small}))
+        assert found.linear_heads == plain.linear_heads
+        first, second = (found.hybrid.for_layer(index) for index in (0, 1))
+        assert (first.feature_map, first.features(8), first.mixing) == ("constant", 1, "calibrated")
+        assert first.linear_heads == (0, 1, 2, 3)
+        assert (second.feature_map, second.mixing) == ("hedgehog", "convex")
+        # 4 states of 1 x (8 + 1) numbers are paid for by windows
+        own = [state_bytes(hybridize(donor(), each.hybrid)) for each in (plain, found)]
+        assert own == [plain.state_bytes, found.state_bytes]
+        assert 1_500 - 32 < found.state_bytes <= 1_500
+        # what the test below says, and states of 8 heads
+        settings = settings.model_copy(update={"elsewhere": small, "state_bytes": 1_100})
+        with pytest.raises(ConfigError, match=f"at least {1_088 + 8 * (8 + 1) * 4:,} bytes"):
+            allocate(model, rows, HYBRID, settings)
+
+    @pytest.mark.parametrize(
+        ("own", "words"),
+        [
+            ({"window": 3}, "elsewhere: window cannot be set there"),
+            ({"mixing": "shared"}, "linear_heads needs mixing"),
+            ({"feature_mpa": "constant"}, "feature_mpa"),
+        ],
+    )
+    def test_small_states_that_cannot_be(self, own: Any, words: str, rows: dict[str, Tensor]) -> None:
+        with pytest.raises(ValueError, match=words):
+            allocate(donor(), rows, HYBRID, AllocationConfig(elsewhere=own))
+
     def test_too_few_bytes(self, rows: dict[str, Tensor]) -> None:
         with pytest.raises(ConfigError, match=r"at least 1,088 bytes .* got 900: raise --state-bytes"):
             allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 900}))

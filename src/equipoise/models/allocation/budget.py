@@ -94,6 +94,7 @@ def allocate(
     """
     settings = settings or AllocationConfig()
     _check(hybrid)
+    elsewhere = None if settings.elsewhere is None else _changed(hybrid, settings.elsewhere)
     windows_only = hybrid.model_copy(update={"feature_map": None, "write_gate": "none", "gate": "fixed"})
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_training = model.training
@@ -102,7 +103,7 @@ def allocate(
     try:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        return _allocate(model, inputs, hybrid, settings, batch_size, seen)
+        return _allocate(model, inputs, hybrid, elsewhere, settings, batch_size, seen)
     finally:
         for parameter, before in frozen:
             parameter.requires_grad_(before)
@@ -119,22 +120,32 @@ def _check(hybrid: HybridConfig) -> None:
         raise ConfigError("allocation shares sliding windows: set hybrid.layout to sliding.")
     if hybrid.window is None or hybrid.feature_map is None:
         raise ConfigError("allocation shares bytes between two branches, and this hybrid has one.")
-    values: dict[str, Any] = {**hybrid.model_dump(), "linear_heads": (0,)}
-    HybridConfig(**values)  # refuses what single heads cannot have
+    _changed(hybrid, {})
+
+
+def _changed(hybrid: HybridConfig, own: Mapping[str, Any]) -> HybridConfig:
+    """With some settings changed; refuses what single heads cannot have."""
+    unknown = own.keys() & {"window", "head_windows", "linear_heads", "layers", "per_layer", "sinks"}
+    if unknown:
+        raise ConfigError(f"allocation.elsewhere: {', '.join(sorted(unknown))} cannot be set there.")
+    values: dict[str, Any] = {**hybrid.model_dump(), **own, "linear_heads": (0,)}
+    return HybridConfig(**values)
 
 
 def _allocate(
     model: Any,
     inputs: Mapping[str, Tensor],
     hybrid: HybridConfig,
+    elsewhere: HybridConfig | None,
     settings: AllocationConfig,
     batch_size: int,
     seen: Callable[[int, int], None],
 ) -> Allocation:
     mixers = converted_mixers(model)
-    costs, count = _costs(mixers, hybrid), sum(mixer.kv_heads for mixer in mixers)
+    costs, count = _costs(mixers, hybrid, elsewhere), sum(mixer.kv_heads for mixer in mixers)
+    query_heads = [mixer.heads for mixer in mixers]
     budget = budget_of(model, hybrid, settings)
-    floor = costs.windows([settings.smallest_window] * count)
+    floor = costs.windows([settings.smallest_window] * count) + costs.elsewhere * sum(query_heads)
     if budget < floor + costs.head:
         raise ConfigError(
             f"expected a state of at least {floor + costs.head:,} bytes (windows of "
@@ -144,13 +155,14 @@ def _allocate(
     measured = _Measured(model, inputs, hybrid.sinks, settings, batch_size, seen)
     sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget // costs.token)
     worth = measured.worth(sizes)
-    even = _tokens_left(budget, 0, costs, count) // count
+    even = _tokens_left(budget, costs, count) // count
     importance = [[_beyond(values, sizes, even) for values in row] for row in worth]
     if max(map(max, importance)) <= 0:  # rows too short to look past even windows
         importance = [[sum(values) for values in row] for row in worth]
     most = max(1, min(int(settings.linear_share * budget), budget - floor) // costs.head)
     heads = chosen_heads(importance, most=most, least_share=settings.least_importance)
-    tokens = _tokens_left(budget, sum(map(len, heads)), costs, count)
+    linear = costs.linear(heads, query_heads)
+    tokens = _tokens_left(budget - linear, costs, count)
     curves = [
         curve_of(total, sizes)
         for mixer, row, linear in zip(mixers, worth, heads, strict=True)
@@ -171,11 +183,11 @@ def _allocate(
         )  # fmt: skip
         windows = _by_layer(mixers, flat)
         divergence["moved"] = measured.windows(windows, heads)
-    indices = [mixer.layer_idx for mixer in mixers]
+    own = _by_index(settings, mixers, windows, heads)
     return Allocation(
-        hybrid=_settings(hybrid, indices, windows, heads),
-        state_bytes=costs.windows([w for of in windows for w in of]) + costs.head * sum(map(len, heads)),
-        budget=budget, layers=indices, windows=windows, linear_heads=[list(of) for of in heads],
+        hybrid=_whole(hybrid, windows, own),
+        state_bytes=costs.windows([w for of in windows for w in of]) + linear,
+        budget=budget, layers=list(own), windows=windows, linear_heads=[list(of) for of in heads],
         importance=importance, sizes=sizes, worth=worth, divergence=divergence,
     )  # fmt: skip
 
@@ -188,16 +200,19 @@ def budget_of(model: Any, hybrid: HybridConfig, settings: AllocationConfig) -> i
     return settings.state_bytes or _costs(mixers, hybrid).windows([hybrid.window] * count)
 
 
-def _costs(mixers: Sequence[Any], hybrid: HybridConfig) -> Costs:
+def _costs(mixers: Sequence[Any], hybrid: HybridConfig, elsewhere: HybridConfig | None = None) -> Costs:
     sizes = {mixer.head_dim for mixer in mixers}
     if len(sizes) > 1:
         raise ConfigError("allocation expects layers whose keys and values are of one size.")
     size = sizes.pop()
-    return Costs(token=2 * size * KV_BYTES, head=linear_head_bytes(hybrid, size), sinks=hybrid.sinks)
+    others = 0 if elsewhere is None else linear_head_bytes(elsewhere, size)
+    return Costs(
+        token=2 * size * KV_BYTES, head=linear_head_bytes(hybrid, size), sinks=hybrid.sinks, elsewhere=others
+    )
 
 
-def _tokens_left(budget: int, linear: int, costs: Costs, heads: int) -> int:
-    return (budget - linear * costs.head) // costs.token - heads * costs.sinks
+def _tokens_left(budget: int, costs: Costs, heads: int) -> int:
+    return budget // costs.token - heads * costs.sinks
 
 
 def _sizes(smallest: int, length: int, tokens: int) -> list[int]:
@@ -270,18 +285,28 @@ class _Measured:
         return self.donor.windowed(windows, sinks=self.sinks, heads=heads, softmax_share=self.credit)
 
 
-def _settings(
-    hybrid: HybridConfig,
-    layers: Sequence[int],
+def _by_index(
+    settings: AllocationConfig,
+    mixers: Sequence[Any],
     windows: Sequence[Sequence[int]],
     heads: Sequence[Sequence[int]],
+) -> dict[int, dict[str, Any]]:
+    """Each layer's own settings, by its index in the model."""
+    none = {"feature_map": None, "gate": "fixed", "write_gate": "none"}
+    own: dict[int, dict[str, Any]] = {}
+    for mixer, of, chosen in zip(mixers, windows, heads, strict=True):
+        linear: dict[str, Any] = {"linear_heads": list(chosen)}
+        if not chosen:
+            all_heads = {"linear_heads": list(range(mixer.heads))}
+            linear = none if settings.elsewhere is None else {**settings.elsewhere, **all_heads}
+        by_head: dict[str, Any] = {"head_windows": list(of)} if len(set(of)) > 1 else {}
+        own[mixer.layer_idx] = {"window": max(of), **by_head, **linear}
+    return own
+
+
+def _whole(
+    hybrid: HybridConfig, windows: Sequence[Sequence[int]], own: dict[int, dict[str, Any]]
 ) -> HybridConfig:
     """The settings with each layer's own; the model's are those of the largest window."""
-    own: dict[int, dict[str, Any]] = {}
-    for index, of, chosen in zip(layers, windows, heads, strict=True):
-        none = {"feature_map": None, "gate": "fixed", "write_gate": "none"}
-        linear: dict[str, Any] = {"linear_heads": list(chosen)} if chosen else none
-        by_head: dict[str, Any] = {"head_windows": list(of)} if len(set(of)) > 1 else {}
-        own[index] = {"window": max(of), **by_head, **linear}
     values: dict[str, Any] = {**hybrid.model_dump(), "window": max(map(max, windows)), "per_layer": own}
     return HybridConfig(**values)

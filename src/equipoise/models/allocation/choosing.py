@@ -25,15 +25,24 @@ class Costs:
         token: of one more token in one head's window: its K and V.
         head: of one head's linear branch: S and z.
         sinks: tokens that join every window and are paid for too.
+        elsewhere: of the linear branch of a head in a layer without chosen heads.
     """
 
     token: int
     head: int
     sinks: int
+    elsewhere: int = 0
 
     def windows(self, tokens: Sequence[int]) -> int:
         """Of the windows of all heads, sinks included."""
         return self.token * sum(window + self.sinks for window in tokens)
+
+    def linear(self, chosen: Sequence[Sequence[int]], heads: Sequence[int]) -> int:
+        """Of all linear branches: by layer, the heads that were chosen, and how many heads it has."""
+        return sum(
+            self.head * len(of) if of else self.elsewhere * count
+            for of, count in zip(chosen, heads, strict=True)
+        )
 
 
 def hull(curve: Curve) -> list[tuple[int, float]]:
