@@ -80,7 +80,10 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
     "additive": {"hybrid": {**ADDITIVE, "feature_multiple": 2}},
     "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog", "feature_multiple": 2}},
-    "competing": {"hybrid": {**ADDITIVE, "feature_multiple": 2, "mixing": "competing", "gate_value": 0.9997}},
+    "competing": {"hybrid": {"mixing": "competing", "gate_value": 1 - 1.5e-8}},
+    "additive-competing": {
+        "hybrid": {**ADDITIVE, "feature_multiple": 2, "mixing": "competing", "gate_value": 0.9997}
+    },
     "fixed-gate": {"hybrid": {"gate": "fixed"}},
     "full-writes": {"hybrid": {"write_gate": "none"}},
     "even-windows": {},
@@ -341,14 +344,16 @@ def run(
 def report(output: Path = RESULTS) -> None:
     """Everything that was run, as a table: means over texts, 95% bootstrap intervals over texts and seeds."""
     entries = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, str, int], list[dict[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault((entry["split"], entry["tokens"], entry["run"]), []).append(entry)
+        kind = (entry["split"], entry["tokens"], entry["run"], entry["steps"])
+        groups.setdefault(kind, []).append(entry)
     table = Table(box=None)
     for title in (
         "split",
         "tokens",
         "run",
+        "steps",
         "seeds",
         "bytes",
         "windows",
@@ -359,7 +364,7 @@ def report(output: Path = RESULTS) -> None:
         "linear",
     ):
         table.add_column(title, no_wrap=True)
-    for (split, tokens, name), of in sorted(groups.items()):
+    for (split, tokens, name, steps), of in sorted(groups.items()):
         # one line for all: how far windows of this budget reach, whatever their shape
         limit = LAYERS * (tokens - SINKS - 1)
         cells = [interval([entry["both"]["nll"] for entry in of])]
@@ -368,7 +373,9 @@ def report(output: Path = RESULTS) -> None:
             recall(of, branch, (limit, CONTEXT)) if branch in of[0] else "" for branch in ("window", "linear")
         ]
         windows = " ".join(map(shown, of[0]["windows"])) if name != "donor" else ""
-        table.add_row(split, str(tokens), name, str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
+        table.add_row(
+            split, str(tokens), name, str(steps), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells
+        )
     Console(width=200).print(table)
 
 
