@@ -139,7 +139,7 @@ class TestErrors:
 
     def test_unknown_setting_at_the_top(self) -> None:
         assert refused(HybridConfig, {"wndow": 3}).startswith(
-            "wndow: unknown setting 'wndow'. Did you mean 'window'? Known: feature_map, "
+            "wndow: unknown setting 'wndow'. Did you mean 'window'? Known: feature_dim, "
         )
 
     def test_one_line_a_mistake(self) -> None:
