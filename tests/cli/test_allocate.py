@@ -111,15 +111,18 @@ class TestConvert:
 
 
 def test_it_is_said_where_the_data_does_not_look_far() -> None:
-    hybrid = HybridConfig(window=8)
+    hybrid = HybridConfig(window=8, per_layer={1: {"feature_map": None}, 2: {"feature_dim": 1}})
     for loss, expected in ((0.2, False), (0.001, True)):
         found = Allocation(
-            hybrid, 10, 20, [0, 1], [[8, 8], [8, 4]], [[1], []], [[0.1, 0.2]] * 2, [4], [[[0.1], [0.2]]] * 2,
-            {"shared": loss, "even": 0.3},
+            hybrid, 10, 20, [0, 1, 2], [[8, 8], [8, 4], [8, 8]], [[1], [], []], [[0.1, 0.2]] * 3, [4],
+            [[[0.1], [0.2]]] * 3, {"shared": loss, "even": 0.3},
         )  # fmt: skip
         lines = described(found)
         assert any("hardly look past the windows" in line for line in lines) == expected
-        assert lines[-2:] == ["  layer 0: window 8, linear attention in heads 1", "  layer 1: windows 8 4"]
+        assert lines[-3:] == [
+            "  layer 0: window 8, linear attention in heads 1", "  layer 1: windows 8 4",
+            "  layer 2: window 8, states of 1 feature in all heads",
+        ]  # fmt: skip
 
 
 class TestAllocate:
