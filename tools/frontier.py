@@ -81,6 +81,10 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "additive": {"hybrid": {**ADDITIVE, "feature_multiple": 2}},
     "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog", "feature_multiple": 2}},
     "competing": {"hybrid": {"mixing": "competing", "gate_value": 1 - 1.5e-8}},
+    "competing-two-wide-heads": {
+        "hybrid": {"mixing": "competing", "gate_value": 1 - 1.5e-8, "feature_multiple": 2},
+        "allocation": {"linear_share": 2 * SHARE},
+    },
     "additive-competing": {
         "hybrid": {**ADDITIVE, "feature_multiple": 2, "mixing": "competing", "gate_value": 0.9997}
     },
@@ -159,8 +163,15 @@ def even(tokens: int) -> HybridConfig:
     return HybridConfig(window=tokens - SINKS, sinks=SINKS, feature_map=None)
 
 
-def searched(key: str, search: Callable[[], Any]) -> Any:
-    """What a search found, or had found before."""
+def digest(donor: Path) -> str:
+    """Of the donor's weights. Training is not the same bit for bit on every processor, so that machines which
+    train it anew have donors of one name and about one quality, but not one donor."""
+    return hashlib.sha256((donor / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def searched(donor: Path, sought: str, search: Callable[[], Any]) -> Any:
+    """What a search found on a donor, or had found before."""
+    key = f"{digest(donor)} {sought}"
     known = json.loads(WINDOWS.read_text(encoding="utf-8")) if WINDOWS.exists() else {}
     if key not in known:
         found = search()
@@ -196,7 +207,7 @@ def moved(donor: Path, tokens: int, *, by_head: bool) -> HybridConfig:
         best = improved(start, loss, smallest=2, longest=CONTEXT, measurements=MOVES)
         return [best[i : i + each] * (HEADS // each) for i in range(0, len(best), each)]
 
-    layers = searched(f"{donor.name} {tokens} {'heads' if by_head else 'layers'}", search)
+    layers = searched(donor, f"{tokens} {'heads' if by_head else 'layers'}", search)
     own: dict[int, dict[str, Any]] = {
         i: {"window": max(of), **({"head_windows": of} if len(set(of)) > 1 else {})}
         for i, of in enumerate(layers)
@@ -236,7 +247,7 @@ def shared_out(
         return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
     own = json.dumps([settings.linear_share, settings.elsewhere], sort_keys=True)
-    found = searched(f"{donor.name} {bytes_} bytes, {head} a linear head, {own}", search)
+    found = searched(donor, f"{bytes_} bytes, {head} a linear head, {own}", search)
     if evenly:
         layers = [hybrid.model_copy(update=own) for own in found["per_layer"].values()]
         linear = sum(
@@ -306,7 +317,8 @@ def score_run(name: str, seed: int, tokens: int, split: str, steps: int, console
         "bytes": bytes_ if base in ("donor", "heavy-hitters") else state_bytes(model),
         "reach": reach(model),
     }
-    entry: dict[str, Any] = {"run": name, "seed": seed, "tokens": tokens, "split": split, **facts}
+    entry: dict[str, Any] = {"run": name, "donor": digest(donor), "seed": seed, "tokens": tokens}
+    entry |= {"split": split, **facts}
     windows = [mixer.config.head_windows or mixer.config.window for mixer in converted_mixers(model)]
     entry |= {"windows": windows, "steps": steps}
     entry["both"] = scored(model, texts, state)
@@ -344,12 +356,13 @@ def run(
 def report(output: Path = RESULTS) -> None:
     """Everything that was run, as a table: means over texts, 95% bootstrap intervals over texts and seeds."""
     entries = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    groups: dict[tuple[str, int, str, int], list[dict[str, Any]]] = {}
-    for entry in entries:
-        kind = (entry["split"], entry["tokens"], entry["run"], entry["steps"])
+    groups: dict[tuple[str, str, int, str, int], list[dict[str, Any]]] = {}
+    for entry in entries:  # of different donors nothing is comparable
+        kind = (entry["donor"], entry["split"], entry["tokens"], entry["run"], entry["steps"])
         groups.setdefault(kind, []).append(entry)
     table = Table(box=None)
     for title in (
+        "donor",
         "split",
         "tokens",
         "run",
@@ -364,7 +377,7 @@ def report(output: Path = RESULTS) -> None:
         "linear",
     ):
         table.add_column(title, no_wrap=True)
-    for (split, tokens, name, steps), of in sorted(groups.items()):
+    for (donor, split, tokens, name, steps), of in sorted(groups.items()):
         # one line for all: how far windows of this budget reach, whatever their shape
         limit = LAYERS * (tokens - SINKS - 1)
         cells = [interval([entry["both"]["nll"] for entry in of])]
@@ -373,10 +386,9 @@ def report(output: Path = RESULTS) -> None:
             recall(of, branch, (limit, CONTEXT)) if branch in of[0] else "" for branch in ("window", "linear")
         ]
         windows = " ".join(map(shown, of[0]["windows"])) if name != "donor" else ""
-        table.add_row(
-            split, str(tokens), name, str(steps), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells
-        )
-    Console(width=200).print(table)
+        counts = [str(tokens), name, str(steps), str(len(of)), f"{of[0]['bytes']:,}"]
+        table.add_row(donor, split, *counts, windows, *cells)
+    Console(width=240).print(table)
 
 
 def shown(windows: int | list[int]) -> str:
