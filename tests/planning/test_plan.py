@@ -101,6 +101,7 @@ def test_a_quick_slice_is_timed_with_a_whole_micro_batch(monkeypatch: pytest.Mon
     assert seconds == pytest.approx(0.18)
 
 
+@pytest.mark.slow
 def test_real_slices(tmp_path: Path) -> None:
     """Both stages run on two layers of a mixture of experts, from its configuration alone."""
     tiny_model("mixtral").config.save_pretrained(tmp_path)

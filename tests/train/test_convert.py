@@ -226,7 +226,7 @@ class TestResume:
         ("label", "step", "left"),
         [
             ("ssd transfer", 3, {"ssd transfer": 2, "ssd finetune": 4}),
-            ("ssd finetune", 1, {"ssd transfer": 0, "ssd finetune": 4}),
+            pytest.param("ssd finetune", 1, {"ssd transfer": 0, "ssd finetune": 4}, marks=pytest.mark.slow),
             ("ssd finetune", 3, {"ssd transfer": 0, "ssd finetune": 2}),
         ],
     )

@@ -41,11 +41,11 @@ class TestSigterm:
     @pytest.mark.parametrize(
         ("label", "hook", "step", "saved"),
         [
-            ("ssd transfer", "on_step_begin", 0, 1),
+            pytest.param("ssd transfer", "on_step_begin", 0, 1, marks=pytest.mark.slow),
             ("ssd transfer", "on_step_begin", 2, 3),
-            ("ssd transfer", "on_step_end", 4, 4),
+            pytest.param("ssd transfer", "on_step_end", 4, 4, marks=pytest.mark.slow),
             ("ssd finetune", "on_step_begin", 1, 2),
-            ("ssd finetune", "on_step_begin", 3, 4),
+            pytest.param("ssd finetune", "on_step_begin", 3, 4, marks=pytest.mark.slow),
         ],
     )
     def test_the_step_is_finished_and_saved_and_the_run_goes_on(

@@ -161,12 +161,12 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, kind: type[Any], name: str, call: i
 
 
 POINTS = [
-    (InputStore, "put_batch", 2),  # while rows are laid out
-    (InputStore, "put", 3),  # while they are embedded
+    pytest.param(InputStore, "put_batch", 2, marks=pytest.mark.slow),  # while rows are laid out
+    pytest.param(InputStore, "put", 3, marks=pytest.mark.slow),  # while they are embedded
     (LayerProgress, "on_step_end", 4),  # in layer 0, after a training checkpoint
-    (InputStore, "put", 20),  # between layers
+    pytest.param(InputStore, "put", 20, marks=pytest.mark.slow),  # between layers
     (LayerProgress, "on_step_end", 13),  # in layer 1
-    (LayerStream, "install", 1),  # all trained
+    pytest.param(LayerStream, "install", 1, marks=pytest.mark.slow),  # all trained
 ]
 
 
@@ -223,7 +223,7 @@ class TestResume:
                 donor, run(transfer={"epochs": 2}), tmp_path / "out", resume=True, console=quiet()
             )
 
-    @pytest.mark.parametrize("forward_first", [False, True])
+    @pytest.mark.parametrize("forward_first", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_what_layers_get_does_not_pile_up(
         self, forward_first: bool, family: Donor, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

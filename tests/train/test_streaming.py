@@ -62,7 +62,9 @@ def streaming(small: Any, source: str, recipe: str = "ssd", **stages: Any) -> An
     return small(recipe, data=data, **stages)
 
 
-@pytest.mark.parametrize(("label", "step"), [("ssd transfer", 3), ("ssd finetune", 3)])
+@pytest.mark.parametrize(
+    ("label", "step"), [pytest.param("ssd transfer", 3, marks=pytest.mark.slow), ("ssd finetune", 3)]
+)
 def test_killed_and_resumed_equals_a_run_that_was_not(
     label: str,
     step: int,
