@@ -188,6 +188,7 @@ def test_the_window_alone_is_the_same_with_and_without_a_state(mixing: str, own:
     whole, state = built.hybrid(inputs, branches=flags, keep_state=True)
     alone, none = built.hybrid(inputs, branches=flags)
     assert state is not None
+    assert any(part.linear_state is not None for part in (state, *state.others))  # to go on with both
     assert none is None
     torch.testing.assert_close(alone, whole)
     literal, _ = built.hybrid(inputs, branches=Branches(linear=False))

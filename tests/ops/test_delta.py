@@ -245,6 +245,18 @@ class TestInSingleHeads:
 
         torch.testing.assert_close(read(4, 5, 6, 30), read(), rtol=1e-9, atol=1e-10)
 
+    def test_competing_in_all_heads(self) -> None:
+        q, k, v, *_ = self.drawn()
+        phi_q, phi_k = (normal(B, 4, T, F, seed=seed) for seed in (3, 4))
+        phi_k = phi_k / phi_k.norm(dim=-1, keepdim=True)
+        common: dict[str, Any] = {"window": 5, "update": "delta", "mixing": "competing"}
+        common["gate"] = normal(B, 4, T, seed=6)
+        whole, _ = subset_attention(q, k, v, phi_q, phi_k, heads=range(4), **common)
+        for head in range(4):
+            only = phi_q[:, [head]], phi_k[:, [head]]
+            alone, _ = subset_attention(q, k, v, *only, heads=[head], **common)
+            torch.testing.assert_close(whole[:, head], alone[:, head])
+
     def test_competing_gradients(self) -> None:
         tensors = [x.clone().requires_grad_() for x in (*self.drawn(), normal(B, 4, T, seed=6))]
 
