@@ -34,8 +34,16 @@ DELTA: dict[int, Any] = {
     i: {**own, "state_update": "delta", **({"feature_map": "unit"} if "linear_heads" in own else {})}
     for i, own in BY_HEAD.items()
 }
+MEANS: dict[int, Any] = {
+    0: {
+        "window": 4, "head_windows": (2, 4), "sinks": 2, "linear_heads": (0, 1, 2, 3), "mixing": "calibrated",
+        "feature_map": "constant", "feature_dim": 1,
+    },
+    1: {**DELTA[1], "mixing": "competing"},
+}  # fmt: skip
+"""States of one feature, as the recipe equipoise has them beside the delta rule."""
 WAYS = pytest.mark.parametrize(
-    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA], ids=["layers", "heads", "delta"]
+    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA, MEANS], ids=["layers", "heads", "delta", "means"]
 )
 TOKENS = random_tokens(2, 40)
 
@@ -106,6 +114,21 @@ def test_windows_of_heads_hold_what_is_counted() -> None:
     counted = 2 * (kept + 4 * 2 * 8 + sinks * 2 // 2) + 2 * features * 9 * 4
     assert state_bytes(model) == counted
     assert reach(model) == 3 + 5
+
+
+def test_a_mean_of_the_past_is_one_feature() -> None:
+    by_head, means = (converted(torch.float32, per_layer=own) for own in (DELTA, MEANS))
+    assert state_bytes(means) - state_bytes(by_head) == 4 * 1 * (8 + 1) * 4
+    with torch.no_grad():
+        cache = means(TOKENS[:1], use_cache=True).past_key_values
+    states = [cache.layers[0].state, *cache.layers[0].state.others]
+    assert [state.linear_state.shape for state in states] == [(1, 2, 1, 8)] * 2
+    padded = torch.cat([torch.zeros_like(TOKENS[:, :5]), TOKENS], 1)
+    mask = (torch.arange(45) >= 5).long().expand(2, -1)
+    model = converted(per_layer=MEANS)
+    with torch.no_grad():
+        left = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits
+    torch.testing.assert_close(left[:, 5:], logits(model), rtol=1e-8, atol=1e-9)
 
 
 def test_the_delta_rule_has_no_normaliser() -> None:
