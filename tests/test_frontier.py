@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -61,3 +63,17 @@ def test_interval_is_of_the_mean(frontier: Any) -> None:
     mean, low, high = (float(part.strip("[],")) for part in frontier.interval(values).split())
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.2)
+
+
+def test_against_pairs_texts_within_a_donor(frontier: Any, tmp_path: Path, capsys: Any) -> None:
+    def entry(donor: str, run: str, nll: list[float]) -> str:
+        about = {"donor": donor, "split": "search", "tokens": 36, "run": run, "steps": 8, "seed": 0}
+        return json.dumps({**about, "both": {"nll": nll}})
+
+    place = tmp_path / "results.jsonl"
+    lines = [entry("a", "rival", [1.0, 3.0]), entry("a", "ours", [1.5, 3.5]), entry("b", "ours", [0.0, 0.0])]
+    place.write_text("\n".join(lines) + "\n")
+    frontier.against("rival", output=place)
+    shown = capsys.readouterr().out
+    assert "0.500 [0.500, 0.500]" in shown  # texts differ by 2, the runs by one half in each of them
+    assert shown.count("ours") == 1  # donor b has no rival

@@ -2,6 +2,7 @@
 
     python tools/frontier.py run equipoise --seed 0      # one run; appends to docs/results/frontier.jsonl
     python tools/frontier.py report                      # the table of all that were run
+    python tools/frontier.py against moved-heads:tuned   # differences of likelihood, paired by text
     python tools/frontier.py fingerprint                 # of the texts of each split
 
 The donor is the recall demo's. Answers are read off by teacher forcing: the likeliest token where a value
@@ -389,6 +390,24 @@ def report(output: Path = RESULTS) -> None:
         counts = [str(tokens), name, str(steps), str(len(of)), f"{of[0]['bytes']:,}"]
         table.add_row(donor, split, *counts, windows, *cells)
     Console(width=240).print(table)
+
+
+@app.command()
+def against(
+    rival: Annotated[str, typer.Argument(help="A run, such as moved-heads:tuned.")], output: Path = RESULTS
+) -> None:
+    """Likelihood of text, less the rival's on the same donor and texts: paired, 95% bootstrap intervals."""
+    groups: dict[tuple[str, str, int, str, int], list[list[float]]] = {}
+    for entry in map(json.loads, output.read_text(encoding="utf-8").splitlines()):
+        kind = (entry["donor"], entry["split"], entry["tokens"], entry["run"], entry["steps"])
+        groups.setdefault(kind, []).append(entry["both"]["nll"])
+    table = Table("donor", "split", "tokens", "run", "steps", "seeds", f"nats more than {rival}", box=None)
+    for (*same, name, steps), values in sorted(groups.items()):
+        others = [of for kind, found in groups.items() if kind[:4] == (*same, rival) for of in found]
+        if others and name != rival:
+            apart = np.array(values) - np.array(others).mean(0)  # seeds of two runs have nothing in common
+            table.add_row(*map(str, same), name, str(steps), str(len(values)), interval(apart.tolist()))
+    Console(width=160).print(table)
 
 
 def shown(windows: int | list[int]) -> str:
