@@ -70,19 +70,26 @@ class Arm:
     Attributes:
         training: of `TRAININGS`.
         overlap: whether linear attention covers the window's keys too.
-        gate, mixing: as in `HybridConfig`.
+        gate, mixing, gate_value: as in `HybridConfig`.
     """
 
     training: str
     overlap: bool
     gate: str
     mixing: str = "convex"
+    gate_value: float = 0.5
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """What the file calls it."""
         keys = "overlapping" if self.overlap else "disjoint"
-        return ", ".join([f"{self.training} training", keys, self.mixing, self.gate])
+        gate = self.gate if self.gate_value == 0.5 else f"{self.gate} {self.gate_value:g}"
+        return ", ".join([f"{self.training} training", keys, self.mixing, gate])
+
+    @property
+    def label(self) -> str:
+        """What tables call it: the same, shorter."""
+        return self.name.replace(" training", "").replace(" convex,", "")
 
     @property
     def recipe(self) -> RunConfig:
@@ -94,7 +101,7 @@ class Arm:
                 "name": self.name,
                 "hybrid": {
                     "window": WINDOW, "mixing": self.mixing, "gate": self.gate,
-                    "gate_value": 0.5, "overlap": self.overlap, "feature_multiple": 2,
+                    "gate_value": self.gate_value, "overlap": self.overlap, "feature_multiple": 2,
                 },
                 "transfer": {
                     "objectives": training["objectives"], "learning_rate": MAP_RATE,
@@ -116,8 +123,12 @@ CORE = (
     *(Arm("window's", False, gate) for gate in GATES),
     *(Arm(training, True, gate) for training in TRAININGS for gate in GATES),
 )
-FURTHER = (Arm("both branches'", True, "per_token", mixing="competing"),)
-"""Run last: linear attention as a key of the window's softmax."""
+FURTHER = (
+    Arm("both branches'", True, "per_token", mixing="competing"),
+    Arm("window's", True, "per_token", mixing="competing"),
+    Arm("window's", True, "fixed", gate_value=0.9),
+)
+"""Run last: linear attention as a key of the window's softmax, and g as high as it is learned, but fixed."""
 
 
 # ---- measuring
@@ -263,21 +274,21 @@ class Results:
 
 
 def tables(path: Path) -> str:
-    """Every arm as it is, then each less the fixed weight of 0.5."""
+    """Every arm as it is, then each less the fixed weight of 0.5, then the rest."""
     results = Results(json.loads(path.read_text(encoding="utf-8")))
     arms = [arm for arm in (*CORE, *FURTHER) if results.has(arm)]
     lines = heading("arm", *COLUMNS.values(), "use")
-    lines += [line(arm.name, *results.cells(arm), results.verdicts(arm)) for arm in arms]
+    lines += [line(arm.label, *results.cells(arm), results.verdicts(arm)) for arm in arms]
     lines += ["", *heading("less fixed 0.5", *COLUMNS.values())]
     for arm in arms:
         fixed = Arm(arm.training, arm.overlap, "fixed")
         if arm != fixed and results.has(fixed):
-            lines.append(line(arm.name, *results.cells(arm, fixed)))
-    lines += ["", *heading("arm", "spread of g over tokens", "weights above 0.9", "linear untrained")]
+            lines.append(line(arm.label, *results.cells(arm, fixed)))
+    lines += ["", *heading("arm", "weight's deviation over tokens", "tokens above 0.9")]
     for arm in arms:
-        spread = over_seeds(results.of(arm, "weight_spread_of_tokens"), 3, percent=False)
-        rest = [over_seeds(results.of(arm, key), 1, percent=True) for key in ("closed", "linear_untrained")]
-        lines.append(line(arm.name, spread, *rest))
+        if arm.gate == "per_token":
+            spread = over_seeds(results.of(arm, "weight_spread_of_tokens"), 2, percent=False)
+            lines.append(line(arm.label, spread, over_seeds(results.of(arm, "closed"), 1, percent=True)))
     return "\n".join(lines)
 
 
