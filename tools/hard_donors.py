@@ -47,6 +47,7 @@ from memory_blocks import (
     relative_error,
     softmax_of_the_past,
 )
+from tables import heading, line, over_seeds, signed, write
 
 LENGTH, FEATURES, STEPS = 256, 64, 200
 MAPS = ("hedgehog", "hedgehog-joint")
@@ -67,8 +68,6 @@ PREDICTORS = {
     "mean_error": "error of the mean of the values",
 }
 RESAMPLES = 10_000
-STUDENT = 4.303
-"""Student's t at 2 degrees of freedom: three seeds."""
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -252,16 +251,6 @@ def runs(chosen: Sequence[Case], console: Console) -> list[Row]:
 KEYS = ("case", "seed", "factor", "heads_a_layer")
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    """One row a line, five digits."""
-
-    def short(value: Any) -> Any:
-        return [float(f"{x:.5g}") for x in value] if isinstance(value, list) else value
-
-    lines = [json.dumps({key: short(value) for key, value in row.items()}) for row in rows]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-
-
 # ---- tables
 
 
@@ -316,27 +305,6 @@ def interval(draws: Floats) -> str:
     """The sample's value and the resamples' 95%."""
     low, high = np.nanquantile(draws[1:], [0.025, 0.975])
     return signed(f"{draws[0]:.2f} [{low:.2f}, {high:.2f}]")
-
-
-def over_seeds(values: Floats, digits: int = 3) -> str:
-    """Mean and Student's t interval."""
-    middle, half = values.mean(), STUDENT * values.std(ddof=1) / len(values) ** 0.5
-    return signed(f"{middle:.{digits}f} [{middle - half:.{digits}f}, {middle + half:.{digits}f}]")
-
-
-def signed(text: str) -> str:
-    """With a proper minus."""
-    return text.replace("-", "−")
-
-
-def line(*cells: str) -> str:
-    """A row of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def heading(*cells: str) -> list[str]:
-    """A table's head, numbers to the right."""
-    return [line(*cells), "|---" + "|---:" * (len(cells) - 1) + "|"]
 
 
 def correlations(results: Results, quantity: str, *, first_layer: bool = True) -> list[str]:

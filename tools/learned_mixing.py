@@ -32,13 +32,13 @@ from equipoise.config import RunConfig
 from equipoise.data.packing import EvaluationWindow, evaluation_windows
 from equipoise.data.sources import load_documents
 from equipoise.demo_donor import CONTEXT, DonorSettings, cached_donor
-from equipoise.files import write_text
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.branches import branches, observe
 from equipoise.models.load import load_model, load_tokenizer
 from equipoise.ops.types import Branches
 from equipoise.train.convert import convert
 from equipoise.train.recipes import load_recipe
+from tables import heading, line, over_seeds, write
 
 WINDOW, SEEDS = 64, (0, 1, 2)
 TRANSFER_STEPS, FINETUNE_STEPS, BATCH_SIZE = 70, 50, 4
@@ -48,8 +48,6 @@ WINDOWS_PER_DOCUMENT = 2
 """Contexts of each held-out file that are scored."""
 GATE_WINDOWS = 12
 """Contexts on which the window's weight is taken."""
-STUDENT = 4.303
-"""Student's t at 2 degrees of freedom: three seeds."""
 TRAININGS: dict[str, dict[str, Any]] = {
     "window's": {"objectives": {"hybrid-output": 1000.0}, "dropout": None},
     "both branches'": {
@@ -203,36 +201,7 @@ def measure(path: Path, console: Console) -> None:
         console.print(f"seed {seed}, {arm.name}: {words}, {row['use']}", soft_wrap=True)
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    """One row a line, five digits."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(part) for part in value]
-        return float(f"{value:.5g}") if isinstance(value, float) else value
-
-    lines = [json.dumps({key: short(value) for key, value in row.items()}) for row in rows]
-    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
-
-
 # ---- tables
-
-
-def over_seeds(values: Floats, digits: int, *, percent: bool) -> str:
-    """Mean and Student's t interval over the seeds."""
-    values = 100 * values if percent else values
-    middle, half = values.mean(), STUDENT * values.std(ddof=1) / len(values) ** 0.5
-    return f"{middle:.{digits}f} [{middle - half:.{digits}f}, {middle + half:.{digits}f}]".replace("-", "−")
-
-
-def line(*cells: str) -> str:
-    """A row of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def heading(*cells: str) -> list[str]:
-    """A table's head, numbers to the right."""
-    return [line(*cells), "|---" + "|---:" * (len(cells) - 1) + "|"]
 
 
 COLUMNS = {
@@ -269,7 +238,7 @@ class Results:
         for quantity in COLUMNS:
             values = self.of(arm, quantity) - (0 if less is None else self.of(less, quantity))
             digits = {"nll": 3, "weight": 2}.get(quantity, 1)
-            found.append(over_seeds(values, digits, percent=quantity not in PLAIN))
+            found.append(over_seeds(values if quantity in PLAIN else 100 * values, digits))
         return found
 
 
@@ -287,8 +256,8 @@ def tables(path: Path) -> str:
     lines += ["", *heading("arm", "weight's deviation over tokens", "tokens above 0.9")]
     for arm in arms:
         if arm.gate == "per_token":
-            spread = over_seeds(results.of(arm, "weight_spread_of_tokens"), 2, percent=False)
-            lines.append(line(arm.label, spread, over_seeds(results.of(arm, "closed"), 1, percent=True)))
+            spread = over_seeds(results.of(arm, "weight_spread_of_tokens"), 2)
+            lines.append(line(arm.label, spread, over_seeds(100 * results.of(arm, "closed"), 1)))
     return "\n".join(lines)
 
 
