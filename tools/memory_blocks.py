@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from equipoise import HybridConfig, capture, hybridize
+from equipoise.evaluate.recall_text import Ids
 from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.recall_donor import CONTEXT, RecallDonorSettings, pair_text, recall_donor
@@ -106,21 +108,30 @@ def softmax_of_the_past(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
 
 
+def drawn(seed: int, console: Console) -> tuple[NDArray[np.int64], Ids]:
+    """Training texts and after them held-out ones [n, T], and the tokens that are values."""
+    place = recall_donor(RecallDonorSettings(), console)
+    rows: list[NDArray[np.int64]] = []
+    words: Ids = ()
+    for split, count in (("train", TEXTS), ("validation", HELD_OUT)):
+        texts = pair_text(place, split=split, seed=1000 + seed)
+        rows += [texts.pairs(index, CONTEXT) for index in range(count)]
+        words = texts.words
+    return np.stack(rows), words
+
+
 def taken(seed: int, console: Console) -> Tensor:
     """q, k and v of training and held-out texts [3, n, A, T, D]."""
     place = recall_donor(RecallDonorSettings(), console)
     model = hybridize(AutoModelForCausalLM.from_pretrained(place).eval(), HybridConfig(window=WINDOW))
-    rows: list[np.ndarray] = []
-    for split, count in (("train", TEXTS), ("validation", HELD_OUT)):
-        texts = pair_text(place, split=split, seed=1000 + seed)
-        rows += [texts.pairs(index, CONTEXT) for index in range(count)]
+    rows, _ = drawn(seed, console)
     layers: list[Tensor] = []
 
     def note(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
         layers.append(torch.stack([inputs.q, inputs.k, inputs.v]))
 
     with torch.no_grad(), capture(model, note):
-        model(torch.from_numpy(np.stack(rows)), use_cache=False)
+        model(torch.from_numpy(rows), use_cache=False)
     return torch.cat(layers, 2)
 
 
