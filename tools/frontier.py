@@ -77,18 +77,25 @@ DELTA_SCALE: Mapping[str, Any] = {
 }
 """And for the delta rule."""
 ADDITIVE: Mapping[str, Any] = {"state_update": "additive", "feature_map": "hedgehog-joint"}
+COMPETING: Mapping[str, Any] = {"mixing": "competing", "gate_value": 1 - 1.5e-8}
+PRODUCTS: Mapping[str, Any] = {"feature_map": "dpfp", "write_gate": "quadratic"}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
     "additive": {"hybrid": {**ADDITIVE, "feature_multiple": 2}},
     "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog", "feature_multiple": 2}},
-    "competing": {"hybrid": {"mixing": "competing", "gate_value": 1 - 1.5e-8}},
+    "competing": {"hybrid": {**COMPETING}},
     "competing-two-wide-heads": {
-        "hybrid": {"mixing": "competing", "gate_value": 1 - 1.5e-8, "feature_multiple": 2},
+        "hybrid": {**COMPETING, "feature_multiple": 2},
         "allocation": {"linear_share": 2 * SHARE},
     },
     "additive-competing": {
         "hybrid": {**ADDITIVE, "feature_multiple": 2, "mixing": "competing", "gate_value": 0.9997}
     },
+    "dpfp": {"hybrid": {**PRODUCTS}},
+    "dpfp-linear-writes": {"hybrid": {**PRODUCTS, "write_gate": "per_token"}},
+    "dpfp-competing": {"hybrid": {**PRODUCTS, **COMPETING}},
+    "dpfp-one-wide-head": {"hybrid": {**PRODUCTS, "feature_multiple": 2}},
+    "dpfp-one-wide-head-competing": {"hybrid": {**PRODUCTS, **COMPETING, "feature_multiple": 2}},
     "fixed-gate": {"hybrid": {"gate": "fixed"}},
     "full-writes": {"hybrid": {"write_gate": "none"}},
     "even-windows": {},

@@ -42,9 +42,10 @@ class HybridConfig(Settings):
     """The first so many tokens join every window."""
     layers: Literal["global", "all"] | tuple[int, ...] = "global"
     """Layers to convert: global (those not local already), all, or a list of indices."""
-    write_gate: Literal["none", "per_token"] = "none"
+    write_gate: Literal["none", "per_token", "quadratic"] = "none"
     """per_token: a key's features are scaled by exp(k . w), by the delta rule by sigmoid(k . w + b), w and b
-    learned per head, so that the state can pass over what is not worth keeping."""
+    learned per head, so that the state can pass over what is not worth keeping. quadratic: k . w + k^2 . u in
+    place of k . w, which sees how long a key is."""
     linear_heads: tuple[int, ...] | None = None
     """Query heads that have the linear branch, and a state; the others attend to their window only. All where
     null."""
@@ -52,7 +53,7 @@ class HybridConfig(Settings):
     """A window for each key/value head, none longer than ``window``; ``window`` in all of them where null."""
     state_update: Literal["additive", "delta"] = "additive"
     """How the state takes in a key: additive (linear attention), or by the delta rule, which first removes
-    what the state says of that key. delta needs a window beside it, and the feature map unit."""
+    what the state says of that key. delta needs a window beside it, and the feature map unit or dpfp."""
     per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 

@@ -339,6 +339,24 @@ class Unit(FeatureMap):
         return unit if self.log_scale is None else unit * self.log_scale.to(unit.dtype).exp()
 
 
+@FEATURE_MAPS.register("dpfp")
+class ProjectedProducts(Unit):
+    """r_i r_(i+1) over all i, round to the first, for r = relu([xW, -xW]); scaled to length 1.
+
+    As many nearly orthogonal directions as features: features of one key are 0 where another's are not. A
+    linear map to more than D features has rank D all the same, and a state of the delta rule that many keys
+    are written to then confuses them (docs/research/02). Queries have a learned factor, as in `Unit`.
+
+    Source: DPFP with nu = 1, arXiv 2102.11174 section 5.2, whose r has no W and whose features sum to 1.
+    """
+
+    two_sided = True
+
+    def activation(self, projected: Tensor) -> Tensor:
+        parts = torch.cat([projected, -projected], -1).relu()
+        return super().activation(parts * parts.roll(1, -1))
+
+
 @FEATURE_MAPS.register("constant")
 class Constant(FeatureMap):
     """1, whatever the token: nothing to learn, and one feature is as good as many.

@@ -189,12 +189,12 @@ class HybridMixer(nn.Module):
             self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
             if config.state_update == "delta" and not feature_map.unit_length:
                 raise ConfigError(
-                    f"state_update delta: expected a feature map of length 1 (unit), got "
+                    f"state_update delta: expected a feature map of length 1 (unit, dpfp), got "
                     f"{config.feature_map}."
                 )
-            if config.write_gate == "per_token":
+            if config.write_gate != "none":
                 gated = WriteStrength if config.state_update == "delta" else WriteGate
-                self.phi_k = gated(self.phi_k)
+                self.phi_k = gated(self.phi_k, squares=config.write_gate == "quadratic")
         self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
         self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.gate == "per_token" else None
         self.mode = AttentionMode()

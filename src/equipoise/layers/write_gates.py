@@ -16,27 +16,35 @@ class WriteGate(nn.Module):
 
     Args:
         phi: the map of keys; its parameters are this module's too.
+        squares: the gate sees the squares of k's elements as well, k . w + k^2 . u. Which keys are read from
+            afar shows in how long they are, along some directions, and no linear function tells that.
     """
 
     LIMIT = 8.0
 
-    def __init__(self, phi: FeatureMap) -> None:
+    def __init__(self, phi: FeatureMap, *, squares: bool = False) -> None:
         super().__init__()
         self.phi = phi
         self.heads, self.feature_dim = phi.heads, phi.feature_dim
         self.write_weight = nn.Parameter(torch.zeros(phi.heads, phi.head_dim))
+        self.write_squares = nn.Parameter(torch.zeros(phi.heads, phi.head_dim)) if squares else None
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """The map's own start, and a gate that is open for all."""
         self.phi.reset_parameters(generator)
         self.write_weight.zero_()
+        if self.write_squares is not None:
+            self.write_squares.zero_()
 
     def products(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t"]:
-        """k . w."""
-        groups = self.heads // x.shape[1]
-        weight = self.write_weight.to(x.dtype).view(x.shape[1], groups, -1)
-        return torch.einsum("bhtd,hgd->bhgt", x, weight).flatten(1, 2)
+        """k . w, or k . w + k^2 . u."""
+        scores = self._product(x, self.write_weight)
+        return scores if self.write_squares is None else scores + self._product(x.square(), self.write_squares)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        by_input = weight.to(x.dtype).view(x.shape[1], self.heads // x.shape[1], -1)
+        return torch.einsum("bhtd,hgd->bhgt", x, by_input).flatten(1, 2)
 
     def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
         """Map and gate a block, shapes as in `FeatureMap.forward`."""
@@ -53,8 +61,8 @@ class WriteStrength(WriteGate):
 
     INITIAL = -4.0
 
-    def __init__(self, phi: FeatureMap) -> None:
-        super().__init__(phi)
+    def __init__(self, phi: FeatureMap, *, squares: bool = False) -> None:
+        super().__init__(phi, squares=squares)
         self.write_bias = nn.Parameter(torch.full((phi.heads, 1), self.INITIAL))
 
     @torch.no_grad()
