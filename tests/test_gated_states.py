@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def recurrence(state: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
 def test_every_arm_is_its_recurrence(tool: Any, size: int) -> None:
     q, k, v = (normal(1, HEADS, LENGTH, DIM, seed=seed) for seed in range(3))
     names = set[str]()
-    for arm in tool.arms(size):
+    for arm in tool.EVERY_QUERY.arms(size):
         state = state_of(tool, arm, size)
         queries = torch.arange(BEHIND, LENGTH)
         with torch.no_grad():
@@ -102,8 +103,8 @@ def test_starts_are_those_of_the_page(tool: Any) -> None:
 
 
 def test_no_arm_has_more_bytes_than_the_additive_state(tool: Any) -> None:
-    for size in tool.SIZES:
-        for arm in tool.arms(size):
+    for size in tool.EVERY_QUERY.sizes:
+        for arm in tool.EVERY_QUERY.arms(size):
             spare = size * 33 - arm.numbers(size, 32)
             assert 0 <= spare < 64, arm.name
     delta = next(arm for arm in tool.ARMS if arm.start is not None)
@@ -145,7 +146,7 @@ def test_questions_are_far_ones_and_what_answers_them(tool: Any) -> None:
     put(250, 50, 90)  # shown at 11 and 151
     put(299 - 1, 53, 91)  # never shown with this key
     found = tool.questions(row, words)
-    assert [question.at for question in found] == [150, 250]
+    assert [(question.at, question.back) for question in found] == [(150, 139), (250, 99)]
     assert found[0].shown.tolist() == [11, 21]
     assert found[0].right.tolist() == [True, False]
     assert found[1].shown.tolist() == [11, 21, 131, 151, 181]
@@ -158,7 +159,7 @@ def test_softmax_itself_is_judged_perfect(tool: Any) -> None:
     shown, at = torch.tensor([3, 40, 77]), 200
     qkv[1] /= qkv[1].norm(dim=-1, keepdim=True)
     qkv[0, -1, :, at] = 100 * qkv[1, -1, :, 40]
-    question = tool.Question(at, shown, torch.tensor([False, True, False]))
+    question = tool.Question(at, 160, shown, torch.tensor([False, True, False]))
     data = tool.Data(qkv, [[]] * tool.TEXTS + [[question]])
     reads = data.targets[data.held_out]
     found = data.judged(reads)
@@ -167,3 +168,13 @@ def test_softmax_itself_is_judged_perfect(tool: Any) -> None:
     assert data.judged(2 * reads)["error"] == pytest.approx([1.0] * HEADS)
     for there in (data.near, data.far):  # 160 tokens back is neither
         assert there[-1, :, at - tool.FIRST].tolist() == [False] * HEADS
+
+
+def test_the_page_has_the_tables(tool: Any) -> None:
+    page = (ROOT / "docs" / "research" / "06-gated-states.md").read_text(encoding="utf-8")
+    for name, plan in (("gated-states", tool.EVERY_QUERY), ("gated-states-asked", tool.ASKED)):
+        rows = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        lines = tool.tables(tool.Results(rows), plan).splitlines()
+        assert len(lines) > 9 * len(plan.sizes)
+        for line in lines:
+            assert line in page.splitlines()

@@ -1,9 +1,10 @@
 """What decay, write gates and the delta rule change of a linear state: docs/research/06-gated-states.md.
 
     python tools/gated_states.py docs/results/gated-states.json
-    python tools/gated_states.py docs/results/gated-states.json --tables
+    python tools/gated_states.py docs/results/gated-states-asked.json --asked
 
-The first adds one row for each seed, size and arm that the file lacks, the second prints the page's tables.
+Each adds one row for each seed, size and arm that the file lacks, and with --tables prints the page's tables
+instead. The second has only the queries that ask for a key learn and count, in the heads that look keys up.
 
 Shapes: n texts, A heads of all layers, T tokens, t = T - 64 that some query sees, Q queries, D head_dim, F
 features.
@@ -16,7 +17,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +45,7 @@ from memory_blocks import (
 )
 from tables import heading, line, over_seeds, write
 
-VALIDATION = 4
-"""Of the training texts, the last so many choose the learning rate and the step; nothing trains on them."""
 STEPS, EVERY, QUERIES_A_STEP, RATES = 300, 50, 128, (1e-2, 3e-2)
-SIZES = (1, 32, 64)
-"""Features of the additive states; their bytes are the budget of all."""
 OPEN = 7.0
 """Where decays start: sigmoid(7) = 0.9991 a token, half after 760 tokens, more than a text has."""
 FLOOR = -1.5
@@ -119,9 +115,43 @@ LEFT_OUT: dict[int, tuple[str, ...]] = {
 """By size: with one feature there is no second to decay apart, and no delta rule; 64 had to be cheaper."""
 
 
-def arms(size: int) -> list[Arm]:
-    """Those that are measured at a size."""
-    return [arm for arm in ARMS if arm.name not in LEFT_OUT.get(size, ())]
+@dataclass(frozen=True)
+class Plan:
+    """What learns from what.
+
+    Attributes:
+        sizes: features of the additive states; their bytes are the budget of all.
+        asked: whether only queries that ask for a key count, in the training and in errors.
+        texts: to train on; the last sixth of them chooses the learning rate and the step instead.
+        texts_a_step: of these.
+        heads: which are measured; None: all.
+        left_out: names of arms.
+    """
+
+    sizes: tuple[int, ...] = (1, 32, 64)
+    asked: bool = False
+    texts: int = TEXTS
+    texts_a_step: int = TEXTS_A_STEP
+    heads: tuple[int, ...] | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def training(self) -> int:
+        """Texts that are trained on."""
+        return self.texts - self.texts // 6
+
+    def arms(self, size: int) -> list[Arm]:
+        """Those that are measured at a size."""
+        without = (*LEFT_OUT.get(size, ()), *self.left_out)
+        return [arm for arm in ARMS if arm.name not in without]
+
+
+EVERY_QUERY = Plan()
+ASKED = Plan(
+    (32,), asked=True, texts=216, texts_a_step=8, heads=RECALL_HEADS,
+    left_out=("decay per head", "decay per token and feature", "gated delta, β from 0.5"),
+)  # fmt: skip
+"""A text has some 10 questions: without more texts there is little to learn from."""
 
 
 class State(nn.Module):
@@ -191,11 +221,13 @@ class Question:
 
     Attributes:
         at: position of the key.
+        back: how many tokens before it the value was last shown.
         shown: positions of all values that far back [s].
         right: which of them are the key's [s].
     """
 
     at: int
+    back: int
     shown: Tensor
     right: Tensor
 
@@ -209,7 +241,8 @@ def questions(row: NDArray[np.int64], words: Sequence[int]) -> list[Question]:
         shown = values[values <= at - WINDOW]
         same = values[(values < at) & (row[values - 1] == row[at])]
         if at >= FIRST and len(same) and same[-1] <= at - WINDOW:
-            found.append(Question(at, torch.from_numpy(shown), torch.from_numpy(row[shown] == row[place])))
+            right = torch.from_numpy(row[shown] == row[place])
+            found.append(Question(at, at - int(same[-1]), torch.from_numpy(shown), right))
     return found
 
 
@@ -219,10 +252,15 @@ class Data:
     Args:
         qkv: [3, n, A, T, D].
         asked: the questions of each text.
+        plan: whether only questions count, and which texts judge: those after its training texts.
     """
 
-    def __init__(self, qkv: Tensor, asked: Sequence[Sequence[Question]]) -> None:
-        self.qkv, self.asked = qkv, asked
+    def __init__(self, qkv: Tensor, asked: Sequence[Sequence[Question]], plan: Plan = EVERY_QUERY) -> None:
+        self.qkv, self.asked, self.plan = qkv, asked, plan
+        self.held_out = slice(plan.texts, plan.texts + HELD_OUT)
+        self.counted = torch.full((qkv.shape[1], len(QUERIES)), not plan.asked)
+        for text, found in enumerate(asked):
+            self.counted[text, [question.at - FIRST for question in found]] = True
         q, k, v = qkv
         ages = QUERIES[:, None] - torch.arange(CONTEXT)
         targets, near, far = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -233,10 +271,10 @@ class Data:
             far.append((weights * (ages > FAR)).sum(-1) > 0.5)
         self.targets, self.near, self.far = (torch.stack(parts) for parts in (targets, near, far))
 
-    @cached_property
-    def held_out(self) -> slice:
-        """The texts that judge."""
-        return slice(TEXTS, TEXTS + HELD_OUT)
+    def error(self, reads: Tensor, texts: Tensor, places: Tensor) -> Tensor:
+        """Relative error per head [A] of reads [n, A, Q, D], by some texts at some places of `QUERIES`."""
+        counted = self.counted[texts][:, None, places, None]
+        return relative_error(reads * counted, self.targets[texts][:, :, places] * counted)
 
     def judged(self, reads: Tensor) -> Row:
         """Per head: relative errors, and the share of questions whose nearest value is right.
@@ -247,40 +285,47 @@ class Data:
         Returns:
             ``error`` of all queries; ``near`` and ``far`` of those that have more than half of softmax's
             weight on tokens up to 128, or more than 256, back; ``right``, with nearest the largest cosine
-            after the mean of the values shown is taken off.
+            after the mean of the values shown is taken off; ``right_far``, of values last shown more than
+            256 back.
         """
         targets, of = self.targets[self.held_out], self.held_out
-        lost, size = (reads - targets).square().sum(-1), targets.square().sum(-1)
-        right = list[Tensor]()
+        counted = self.counted[of][:, None]
+        lost, size = (part.square().sum(-1) * counted for part in (reads - targets, targets))
+        right, back = list[Tensor](), list[int]()
         for text, asked in enumerate(self.asked[of]):
             for question in asked:
-                values = self.qkv[2, TEXTS + text][:, question.shown]
+                values = self.qkv[2, self.plan.texts + text][:, question.shown]
                 centre = values.mean(1, keepdim=True)
                 read = reads[text, :, question.at - FIRST, None] - centre
                 best = functional.cosine_similarity(read, values - centre, dim=-1).argmax(-1)
                 right.append(question.right[best])
+                back.append(question.back)
+        answers = torch.stack(right).float()
         found = {
             "error": lost.sum((0, 2)) / size.sum((0, 2)),
             "near": (lost * self.near[of]).sum((0, 2)) / (size * self.near[of]).sum((0, 2)),
             "far": (lost * self.far[of]).sum((0, 2)) / (size * self.far[of]).sum((0, 2)),
-            "right": torch.stack(right).float().mean(0),
+            "right": answers.mean(0),
+            "right_far": answers[torch.tensor(back) > FAR].mean(0),
         }
         return {name: heads.tolist() for name, heads in found.items()} | {"questions": len(right)}
 
 
-def data_of(seed: int, console: Console) -> Data:
-    """q, k, v and questions of the recall demo's donor, on page 04's texts."""
-    rows, words = drawn(seed, console)
-    return Data(taken(seed, console), [questions(row, words) for row in rows])
+def data_of(seed: int, plan: Plan, console: Console) -> Data:
+    """q, k, v and questions of the recall demo's donor, on page 04's texts, and more to train on if asked."""
+    rows, words = drawn(seed, console, plan.texts)
+    qkv = taken(seed, console, plan.texts)
+    chosen = qkv if plan.heads is None else qkv[:, :, list(plan.heads)]
+    return Data(chosen, [questions(row, words) for row in rows], plan)
 
 
 # ---- learning
 
 
 @torch.no_grad()
-def reads(state: State, data: Data, texts: Sequence[int]) -> Tensor:
+def reads(state: State, data: Data, texts: Tensor) -> Tensor:
     """What all queries of some texts read [n, A, Q, D]."""
-    return torch.cat([state(*data.qkv[:, text : text + 1], QUERIES) for text in texts])
+    return torch.cat([state(*data.qkv[:, few], QUERIES) for few in texts.split(1)])
 
 
 def learned(arm: Arm, size: int, data: Data, seed: int) -> tuple[State, Row]:
@@ -293,22 +338,25 @@ def learned(arm: Arm, size: int, data: Data, seed: int) -> tuple[State, Row]:
     if not list(best.parameters()):
         return best, {}
     lowest, chosen = torch.full((heads,), math.inf), torch.zeros(heads, 2)
-    training, validation = TEXTS - VALIDATION, list(range(TEXTS - VALIDATION, TEXTS))
+    training, validation = data.plan.training, torch.arange(data.plan.training, data.plan.texts)
+    every = torch.arange(len(QUERIES))
     for rate in RATES:
         state, generator = State(arm, size, heads, dim, seed), torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(state.parameters(), lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for step in range(1, STEPS + 1):
-            texts = torch.randperm(training, generator=generator)[:TEXTS_A_STEP]
+            texts = torch.randperm(training, generator=generator)[: data.plan.texts_a_step]
             places = torch.randperm(len(QUERIES), generator=generator)[:QUERIES_A_STEP]
+            if data.plan.asked:
+                places = data.counted[texts].any(0).nonzero()[:, 0]
             read = state(*data.qkv[:, texts], QUERIES[places])
-            loss = relative_error(read, data.targets[texts][:, :, places]).mean()
+            loss = data.error(read, texts, places).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             if step % EVERY == 0:
-                errors = relative_error(reads(state, data, validation), data.targets[validation])
+                errors = data.error(reads(state, data, validation), validation, every)
                 better = errors < lowest
                 lowest[better], chosen[better] = errors[better], torch.tensor([rate, step])
                 with torch.no_grad():
@@ -320,7 +368,7 @@ def learned(arm: Arm, size: int, data: Data, seed: int) -> tuple[State, Row]:
 @torch.no_grad()
 def described(state: State, data: Data) -> Row:
     """Per head, means over tokens of one held-out text: log decay, and the strength of the delta rule."""
-    k, found = data.qkv[1, TEXTS : TEXTS + 1], Row()
+    k, found = data.qkv[1, data.plan.texts : data.plan.texts + 1], Row()
     if state.arm.decay != "none":
         found["log_decay"] = state.log_decay(k).mean((0, 2, 3)).tolist()
     if state.arm.start is not None:
@@ -328,15 +376,20 @@ def described(state: State, data: Data) -> Row:
     return found
 
 
-def measure(path: Path, console: Console) -> None:
+def measure(path: Path, plan: Plan, console: Console) -> None:
     """Run what the file lacks, every arm with one seed before the next seed."""
     rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     done = {(row["seed"], row["size"], row["arm"]) for row in rows}
     for seed in SEEDS:
-        wanted = [(size, arm) for size in SIZES for arm in arms(size) if (seed, size, arm.name) not in done]
-        if not wanted:
+        left = [
+            (size, arm)
+            for size in plan.sizes
+            for arm in plan.arms(size)
+            if (seed, size, arm.name) not in done
+        ]
+        if not left:
             continue
-        data, texts = data_of(seed, console), range(TEXTS, TEXTS + HELD_OUT)
+        data = data_of(seed, plan, console)
         if (seed, 0, SOFTMAX) not in done:
             shares = {
                 f"{name}_share": part[data.held_out].float().mean((0, 2)).tolist()
@@ -344,23 +397,25 @@ def measure(path: Path, console: Console) -> None:
             }
             ceiling = data.judged(data.targets[data.held_out]) | shares
             rows.append({"seed": seed, "size": 0, "arm": SOFTMAX, "numbers": 0, **ceiling})
-        for size, arm in wanted:
-            state, choice = learned(arm, size, data, seed)
-            row: Row = {"seed": seed, "size": size, "arm": arm.name}
-            row |= {"numbers": arm.numbers(size, data.qkv.shape[-1])} | choice | described(state, data)
-            row |= data.judged(reads(state, data, texts))
-            trained_on = range(TEXTS - VALIDATION)
-            row["trained_on"] = relative_error(
-                reads(state, data, trained_on), data.targets[: TEXTS - VALIDATION]
-            ).tolist()
-            rows.append(row)
+        for size, arm in left:
+            rows.append({"seed": seed, "size": size, "arm": arm.name} | measured(arm, size, data, seed))
             write(rows, path)
-            words = {key: f"{np.nanmean(row[key]):.3f}" for key in ("error", "near", "far")}
-            pairs = {key: np.round(np.array(row[key])[[*RECALL_HEADS]], 3) for key in ("error", "right")}
-            console.print(f"seed {seed}, {size}: {arm.name}: {words}, recall heads {pairs}", soft_wrap=True)
+            words = {key: np.round(np.nanmean(rows[-1][key]), 3) for key in ("error", "near", "far", "right")}
+            console.print(f"seed {seed}, {size}: {arm.name}: {words}", soft_wrap=True)
+
+
+def measured(arm: Arm, size: int, data: Data, seed: int) -> Row:
+    """One arm, trained and judged."""
+    state, row = learned(arm, size, data, seed)
+    row |= {"numbers": arm.numbers(size, data.qkv.shape[-1])} | described(state, data)
+    training = torch.arange(data.plan.training)
+    trained_on = data.error(reads(state, data, training), training, torch.arange(len(QUERIES)))
+    held_out = torch.arange(data.held_out.start, data.held_out.stop)
+    return row | data.judged(reads(state, data, held_out)) | {"trained_on": trained_on.tolist()}
 
 
 SOFTMAX = "softmax of the same tokens"
+"""The row that says what the target itself gives."""
 
 
 # ---- tables
@@ -376,49 +431,74 @@ class Results:
         self, size: int, arm: str, quantity: str, heads: Sequence[int] | None = None
     ) -> NDArray[np.float64]:
         """Means over heads, all or those given [seeds]; a head without such queries does not count."""
-        found = [row for row in self.rows if (row["size"], row["arm"]) == (size, arm)]
-        values = np.array([row[quantity] for row in found], dtype=np.float64).reshape(len(found), -1)
-        return np.nanmean(values if heads is None else values[:, list(heads)], 1)
+        rows = [row for row in self.rows if (row["size"], row["arm"]) == (size, arm)]
+        found = [row[quantity] for row in rows if quantity in row]
+        return np.array([np.nanmean(values if heads is None else np.take(values, heads)) for values in found])
 
-    def complete(self, size: int) -> list[Arm]:
+    def complete(self, size: int, plan: Plan) -> list[Arm]:
         """Arms of which every seed was run."""
-        return [arm for arm in arms(size) if len(self.of(size, arm.name, "error")) == len(SEEDS)]
+        return [arm for arm in plan.arms(size) if len(self.of(size, arm.name, "error")) == len(SEEDS)]
 
 
-def tables(results: Results) -> str:
-    """A table of all heads and one of the two that recall, for each size."""
-    lines: list[str] = []
-    for size in SIZES:
-        lines += [*_table(results, size, None), "", *_table(results, size, RECALL_HEADS), ""]
+TITLES = {
+    "numbers": "numbers",
+    "error": "error",
+    "more": "more than additive",
+    "near": "near",
+    "far": "far",
+    "trained_on": "trained on",
+    "right": "nearest is right",
+    "right_far": "beyond 256",
+}
+
+
+def tables(results: Results, plan: Plan) -> str:
+    """For each size a table of all heads, if all ran, and one of the two that recall."""
+    recall, lines = "heads 2 and 3 of layer 3", list[str]()
+    errors = ["numbers", "error", "more", "near", "far"]
+    for size in plan.sizes:
+        if plan.heads is None:
+            kinds = [("16 heads", None, [*errors, "trained_on"]), (recall, RECALL_HEADS, [*errors, "right"])]
+        else:
+            kinds = [(recall, None, ["numbers", "error", "more", "trained_on", "right", "right_far"])]
+        for title, heads, shown in kinds:
+            lines += heading(f"F = {size}, {title}", *(TITLES[name] for name in shown))
+            for arm in results.complete(size, plan):
+                cells = _cells(results, arm, size, heads)
+                lines.append(line(arm.name, *(cells[name] for name in shown)))
+            lines.append("")
     return "\n".join(lines[:-1])
 
 
-def _table(results: Results, size: int, heads: Sequence[int] | None) -> list[str]:
-    """Errors of each arm, and what is added to the additive one's of the same seed."""
-    where = f"F = {size}, " + ("16 heads" if heads is None else "heads 2 and 3 of layer 3")
-    cells = ["numbers", "error", "more than additive", "near", "far"]
-    cells += ["trained on"] if heads is None else ["nearest is right"]
-    lines = heading(where, *cells)
-    plain = results.of(size, ADDITIVE.name, "error", heads)
-    shown = ("error", "near", "far", "trained_on" if heads is None else "right")
-    for arm in results.complete(size):
-        error, near, far, last = (results.of(size, arm.name, quantity, heads) for quantity in shown)
-        means = [f"{values.mean():.3f}" for values in (near, far, last)]
-        more = "" if arm == ADDITIVE else over_seeds(error - plain)
-        lines.append(line(arm.name, f"{arm.numbers(size, 32):,}", over_seeds(error), more, *means))
-    return lines
+def _cells(results: Results, arm: Arm, size: int, heads: Sequence[int] | None) -> dict[str, str]:
+    """What a table says of an arm; ``more`` is its error less the additive state's, of the same seed."""
+    means = {
+        name: f"{found.mean():.3f}"
+        for name in TITLES
+        if len(found := results.of(size, arm.name, name, heads))
+    }
+    error, plain = (results.of(size, name, "error", heads) for name in (arm.name, ADDITIVE.name))
+    return means | {
+        "numbers": f"{arm.numbers(size, 32):,}",
+        "error": over_seeds(error),
+        "more": "" if arm == ADDITIVE else over_seeds(error - plain),
+    }
 
 
 def main() -> None:
     """Measure, or print the tables of what was measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--asked", action="store_true", help="only queries that ask, in the heads that recall"
+    )
     parser.add_argument("--tables", action="store_true", help="print the page's tables, and run nothing")
     given = parser.parse_args()
+    plan = ASKED if given.asked else EVERY_QUERY
     if given.tables:
-        print(tables(Results(json.loads(given.output.read_text(encoding="utf-8")))))
+        print(tables(Results(json.loads(given.output.read_text(encoding="utf-8"))), plan))
     else:
-        measure(given.output, Console(stderr=True))
+        measure(given.output, plan, Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -108,23 +108,23 @@ def softmax_of_the_past(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
 
 
-def drawn(seed: int, console: Console) -> tuple[NDArray[np.int64], Ids]:
+def drawn(seed: int, console: Console, training: int = TEXTS) -> tuple[NDArray[np.int64], Ids]:
     """Training texts and after them held-out ones [n, T], and the tokens that are values."""
     place = recall_donor(RecallDonorSettings(), console)
     rows: list[NDArray[np.int64]] = []
     words: Ids = ()
-    for split, count in (("train", TEXTS), ("validation", HELD_OUT)):
+    for split, count in (("train", training), ("validation", HELD_OUT)):
         texts = pair_text(place, split=split, seed=1000 + seed)
         rows += [texts.pairs(index, CONTEXT) for index in range(count)]
         words = texts.words
     return np.stack(rows), words
 
 
-def taken(seed: int, console: Console) -> Tensor:
+def taken(seed: int, console: Console, training: int = TEXTS) -> Tensor:
     """q, k and v of training and held-out texts [3, n, A, T, D]."""
     place = recall_donor(RecallDonorSettings(), console)
     model = hybridize(AutoModelForCausalLM.from_pretrained(place).eval(), HybridConfig(window=WINDOW))
-    rows, _ = drawn(seed, console)
+    rows, _ = drawn(seed, console, training)
     layers: list[Tensor] = []
 
     def note(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
