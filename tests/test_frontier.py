@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,42 @@ import pytest
 from equipoise.train.recipes import load_recipe
 from support import load_tool
 
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))  # tools import each other as scripts do
+        return load_tool(name)
+
 
 @pytest.fixture(scope="module")
 def frontier() -> ModuleType:
-    return load_tool("frontier")
+    return tool("frontier")
 
 
-def test_asked(frontier: Any) -> None:
+@pytest.fixture(scope="module")
+def texts() -> ModuleType:
+    return tool("frontier_texts")
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return tool("frontier_report")
+
+
+DEMO = SimpleNamespace(layers=4, heads=4, kv_heads=4, head_dim=32, tokens=36, token_bytes=16 * 32 * 4)
+
+
+def test_asked(texts: Any) -> None:
     """Values 90 and 91 after keys 50 and 51; the last showing counts, and first ones are not asked."""
     row = np.array([1, 50, 90, 2, 51, 91, 3, 50, 90, 4, 50, 91])
-    assert frontier.asked(row, (90, 91)) == [(8, 6), (11, 3)]
+    assert texts.asked(row, (90, 91)) == [(8, 6), (11, 3)]
 
 
 @pytest.mark.parametrize("name", ["lolcats", "hedgecats", "ssd", "zero-shot"])
 def test_published_recipes_take_no_more_than_the_budget(frontier: Any, name: str) -> None:
-    recipe, settings = frontier.settings_of(name, 73_728)
+    recipe, settings = frontier.settings_of(name, DEMO)
     run = load_recipe(recipe, settings)
     assert run.hybrid is not None
     window, features = run.hybrid.window, 32 * run.hybrid.feature_multiple
@@ -39,28 +60,28 @@ def test_published_recipes_take_no_more_than_the_budget(frontier: Any, name: str
 
 def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
     for name in frontier.ABLATIONS:
-        run = load_recipe(*frontier.settings_of(name, 73_728))
+        run = load_recipe(*frontier.settings_of(name, DEMO))
         assert run.transfer is not None
         assert run.finetune is not None
         assert (run.transfer.max_steps or 0) + (run.finetune.max_steps or 0) == frontier.STEPS
         assert run.allocation is None  # shared out once, before
         assert run.finetune.learning_rate == 5e-4
-    plain, other = (load_recipe(*frontier.settings_of(name, 1)) for name in ("equipoise", "full-writes"))
+    plain, other = (load_recipe(*frontier.settings_of(name, DEMO)) for name in ("equipoise", "full-writes"))
     assert plain.hybrid is not None
     assert other.hybrid is not None
     assert (plain.hybrid.write_gate, other.hybrid.write_gate) == ("per_token", "none")
 
 
-def test_recall_counts_answers_in_a_span(frontier: Any) -> None:
+def test_recall_counts_answers_in_a_span(tables: Any) -> None:
     texts = [[(10, 1), (200, 0), (300, 1)], [(200, 1)]]
     entries = [{"both": {"answers": texts}}, {"both": {"answers": texts}}]
-    assert frontier.recall(entries, "both", (124, 512)).startswith("0.667 [")
-    assert frontier.recall(entries, "both", (0, 124)) == "1.000 [0.000, 1.000]"
+    assert tables.recall(entries, "both", (124, 512)).startswith("0.667 [")
+    assert tables.recall(entries, "both", (0, 124)) == "1.000 [0.000, 1.000]"
 
 
-def test_interval_is_of_the_mean(frontier: Any) -> None:
+def test_interval_is_of_the_mean(tables: Any) -> None:
     values = np.random.default_rng(0).normal(3.0, 0.5, (1, 400)).repeat(3, 0).tolist()
-    mean, low, high = (float(part.strip("[],")) for part in frontier.interval(values).split())
+    mean, low, high = (float(part.strip("[],")) for part in tables.interval(values).split())
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.2)
 
@@ -77,3 +98,44 @@ def test_against_pairs_texts_within_a_donor(frontier: Any, tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert "0.500 [0.500, 0.500]" in shown  # texts differ by 2, the runs by one half in each of them
     assert shown.count("ours") == 1  # donor b has no rival
+
+
+def test_beyond_is_farther_than_any_control_reaches(tables: Any, tmp_path: Path, capsys: Any) -> None:
+    about = {"donor": "a", "split": "search", "tokens": 36, "steps": 8, "seed": 0, "bytes": 1, "windows": [8]}
+    answers = [[(100, 1), (300, 0), (400, 1)]]
+    lines = [
+        {**about, "run": run, "reach": far, "both": {"nll": [1.0], "answers": answers}}
+        for run, far in (("even", 124), ("moved-heads", 320), ("ours", None))
+    ]
+    place = tmp_path / "results.jsonl"
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tables.report(place)
+    shown = capsys.readouterr().out
+    assert "more than 320 tokens back" in shown
+    assert shown.count("1.000 [1.000, 1.000]") == 2 * 3  # likelihood, and the one answer beyond
+    tables.report(place, limit=124)
+    assert "more than 124 tokens back" in capsys.readouterr().out
+
+
+def test_a_step_has_2048_tokens_whatever_the_length(texts: Any) -> None:
+    rows = {length: texts.Setting(length=length).rows for length in (512, 1024, 2048)}
+    assert rows == {512: 4, 1024: 2, 2048: 1}
+
+
+def test_docstring_files_are_halved_without_overlap(texts: Any) -> None:
+    documents = [f"document {index}" for index in range(400)]
+    halves = [
+        {text for text in documents if (texts._digit(text, 2) == 0) == first} for first in (True, False)
+    ]
+    assert not halves[0] & halves[1]
+    assert min(map(len, halves)) > 150
+
+
+def test_longer_texts_and_more_pairs_come_later_in_a_donors_curriculum() -> None:
+    donors: Any = tool("research_donors")
+    parts = donors.CURRICULUM
+    assert [part.length for part in parts] == sorted(part.length for part in parts)
+    assert parts[-1].length == donors.LONGEST
+    grouped = donors.DONORS["docstrings"]
+    assert grouped.base.heads == 2 * grouped.kv_heads
+    assert grouped.base.hidden_size != donors.DONORS["source"].base.hidden_size

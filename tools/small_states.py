@@ -30,23 +30,13 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from equipoise.models.divergence import divergence
-from equipoise.recall_donor import CONTEXT, PairText, RecallDonorSettings, pair_text, recall_donor
-from frontier import (
-    HEAD_DIM,
-    HEADS,
-    LAYERS,
-    SETTLED,
-    SINKS,
-    TEXTS,
-    digest,
-    moved,
-    rows_of,
-    texts_of,
-)
+from equipoise.recall_donor import CONTEXT, PairText
+from frontier import SINKS, moved
+from frontier_texts import SETTLED, TEXTS, Setting, rows_of
 from tables import heading, line, over_seeds, write
 
-BUDGET = 36
-"""Tokens of K and V a head and layer, sinks among them."""
+LAYERS, HEADS, HEAD_DIM = 4, 4, 32
+"""Of the recall demo's donor."""
 STEPS, ROWS, LEARNING_RATE, WARMUP = 150, 4, 2e-2, 10
 SEEDS = (0, 1, 2)
 NEVER = -1e30
@@ -162,15 +152,15 @@ class Attention:
 class Bench:
     """The donor, and what it is measured and trained on."""
 
-    def __init__(self, donor: Path) -> None:
+    def __init__(self, at: Setting) -> None:
         self.attention = Attention()
         ALL_ATTENTION_FUNCTIONS["small-states"] = self._attend
-        model: Any = AutoModelForCausalLM.from_pretrained(donor, attn_implementation="small-states")
+        model: Any = AutoModelForCausalLM.from_pretrained(at.donor, attn_implementation="small-states")
         self.model = model.eval().requires_grad_(False)
-        self.donor, searched = donor, texts_of(donor, "search")
+        self.at, searched = at, at.draw("search")
         self.judged = torch.from_numpy(rows_of(searched, TEXTS))
         self.words = torch.tensor(searched.words)
-        config = moved(donor, BUDGET, by_head=True)
+        config = moved(at, by_head=True)
         layers = [config.for_layer(layer) for layer in range(LAYERS)]
         self.windows = [list(of.head_windows or [of.window or 0] * HEADS) for of in layers]
 
@@ -188,7 +178,7 @@ class Bench:
         if not arm.features:
             return Attention(windows)
         trained = Attention(windows, States(arm, seed), arm.overlap)
-        texts: PairText = pair_text(self.donor, split="train", seed=2000 + seed)
+        texts: PairText = self.at.draw("train", seed=2000 + seed)
         assert trained.states is not None
         parameters = list(trained.states.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -228,8 +218,8 @@ class Bench:
 def measure(path: Path, console: Console) -> None:
     """Run what the file lacks, every arm with one seed before the next seed."""
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    donor = recall_donor(RecallDonorSettings(), console)
-    bench, weights = Bench(donor), digest(donor)
+    at = Setting()  # windows and sinks of 36 tokens a head and layer
+    bench, weights = Bench(at), at.digest
     done = {(row["donor"], row["arm"], row["seed"]) for row in rows}
     for seed in SEEDS:
         for arm in ARMS:

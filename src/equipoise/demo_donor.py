@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -85,23 +86,30 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def train_donor(
-    settings: DonorSettings, tokenizer: PreTrainedTokenizerFast, console: Console
+    settings: DonorSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    console: Console,
+    *,
+    documents: Dataset | None = None,
+    kv_heads: int | None = None,
 ) -> LlamaForCausalLM:
-    """Train the donor from scratch on packed rows with transformers' Trainer."""
+    """Train a donor from scratch on packed rows with transformers' Trainer.
+
+    ``documents`` in place of the standard library, and fewer key/value heads than heads, are for research.
+    """
     set_seed(settings.seed)
     special: Any = tokenizer
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=settings.vocabulary, hidden_size=settings.hidden_size,
             intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+            num_attention_heads=settings.heads, num_key_value_heads=kv_heads or settings.heads,
             max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=special.eos_token_id, pad_token_id=special.pad_token_id,
         )
     )  # fmt: skip
-    rows = pack_documents(
-        load_documents("stdlib", split="train"), tokenizer, context_length=CONTEXT, seed=settings.seed
-    )
+    documents = load_documents("stdlib", split="train") if documents is None else documents
+    rows = pack_documents(documents, tokenizer, context_length=CONTEXT, seed=settings.seed)
     arguments = TrainingArguments(
         output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,

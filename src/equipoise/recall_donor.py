@@ -46,9 +46,8 @@ from equipoise.train.progress import ProgressReport
 
 CONTEXT = 512
 WORDS = 32
-KEYS = tuple(f"<key{index}>" for index in range(WORDS))
-VALUES = tuple(f"<value{index}>" for index in range(WORDS))
-"""Added to the vocabulary. With words of the text itself hardly any hybrid recalled anything (LOG.md)."""
+"""Keys, and values, added to the vocabulary. With words of the text itself hardly any hybrid recalled
+anything (LOG.md)."""
 PAIRS = RecallSettings(needles=10, answer_words=1, key_words=1, wording="pairs")
 
 
@@ -101,6 +100,9 @@ class PairText:
         tokenizer, haystack: of the donor.
         keys, words: what keys and answers are made of.
         seed: of the texts.
+        length: tokens of a text.
+        shown_once, shown_often: how many pairs a text has, from and to; those of a half of the texts are
+            shown once and asked once, those of the others are repeated.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -108,14 +110,20 @@ class PairText:
     keys: Ids
     words: Ids
     seed: int
+    length: int = CONTEXT
+    shown_once: tuple[int, int] = (PAIRS.needles, PAIRS.needles)
+    shown_often: tuple[int, int] = (5, 8)
     pieces: dict[str, Ids] = field(default_factory=dict[str, Ids])
 
-    def pairs(self, index: int, length: int = CONTEXT) -> NDArray[np.int64]:
+    def pairs(self, index: int, length: int | None = None) -> NDArray[np.int64]:
         """Text with pairs, each shown once and asked once; or fewer pairs, repeated several times."""
+        length = self.length if length is None else length
         rng = random.Random(f"pairs {self.seed} {index}")
         draw = Draw(self.tokenizer, self.words, PAIRS, rng, self.keys, not_held_out, self.pieces)
         once = rng.random() < 0.5
-        count, times = (PAIRS.needles, 2) if once else (rng.randint(5, 8), rng.randint(4, 6))
+        least, most = self.shown_once if once else self.shown_often
+        count = least if least == most else rng.randint(least, most)
+        times = 2 if once else rng.randint(4, 6)
         keys, answers, _ = draw.keys_and_answers(count, count)
         stated = [draw.fill(PAIR, key=k, value=a)[0] for k, a in zip(keys, answers, strict=True)]
         room = length - times * sum(map(len, stated))
@@ -130,8 +138,9 @@ class PairText:
             inserts += [(self.haystack.snap(text, int(share * room)), piece) for share in shares]
         return insert(text, inserts)[0]
 
-    def repeated(self, index: int, length: int = CONTEXT) -> NDArray[np.int64]:
+    def repeated(self, index: int) -> NDArray[np.int64]:
         """Two stretches of text, each followed by its own pieces of 12 to 32 tokens in another order."""
+        length = self.length
         rng, rows = random.Random(f"repeated {self.seed} {index}"), list[NDArray[np.int64]]()
         for _ in range(2):
             half = self.haystack.stretch(rng.randrange(len(self.haystack.documents)), length // 4, rng)
@@ -144,28 +153,33 @@ class PairText:
         return np.concatenate(rows)
 
     def document(self, index: int) -> str:
-        """Text with pairs that is 511 tokens long again when it is read: with its end one row of 512."""
+        """Text with pairs that is one token short of a row when it is read again: its end is the last."""
         untyped: Any = self.tokenizer
-        text = str(untyped.decode(self.pairs(index, CONTEXT + 8).tolist()))
+        text = str(untyped.decode(self.pairs(index, self.length + 8).tolist()))
         encoded = untyped(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-        return text[: offsets[min(len(offsets), CONTEXT - 1) - 1][1]]
+        return text[: offsets[min(len(offsets), self.length - 1) - 1][1]]
 
 
-def pair_text(donor: Path, *, split: str, seed: int) -> PairText:
-    """Texts of a split of the standard library, in the donor's tokens."""
+def pair_text(
+    donor: Path, *, split: str, seed: int, source: str = "stdlib", words: int = WORDS, **shape: Any
+) -> PairText:
+    """Texts of a split of the standard library, or of another source, in the donor's tokens.
+
+    ``words`` is how many keys and values there are, ``shape`` what else `PairText` takes.
+    """
     tokenizer = load_tokenizer(str(donor))
-    keys, values = add_words(tokenizer)
-    haystack = Haystack.of(load_documents("stdlib", split=split)["text"], tokenizer, len(tokenizer))
-    return PairText(tokenizer, haystack, keys, values, seed)
+    keys, values = add_words(tokenizer, words)
+    haystack = Haystack.of(load_documents(source, split=split)["text"], tokenizer, len(tokenizer))
+    return PairText(tokenizer, haystack, keys, values, seed, **shape)
 
 
-def add_words(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
+def add_words(tokenizer: PreTrainedTokenizerBase, count: int = WORDS) -> tuple[Ids, Ids]:
     """Ids of keys and of values; both are added where the tokenizer does not have them."""
-    tokenizer.add_tokens([*KEYS, *VALUES])
+    keys, values = ([f"<{kind}{index}>" for index in range(count)] for kind in ("key", "value"))
+    tokenizer.add_tokens([*keys, *values])
     untyped: Any = tokenizer
-    keys, values = (tuple(untyped.convert_tokens_to_ids(list(words))) for words in (KEYS, VALUES))
-    return keys, values
+    return tuple(untyped.convert_tokens_to_ids(keys)), tuple(untyped.convert_tokens_to_ids(values))
 
 
 def write_documents(texts: PairText, path: Path, count: int) -> None:
@@ -212,7 +226,7 @@ def loss_weights(row: NDArray[np.int64], values: Ids, answer_weight: float) -> N
     return weights
 
 
-class _Weighted(Trainer):
+class WeightedTrainer(Trainer):
     """Trainer that does not shuffle, since the order of the rows is the curriculum, and weighs tokens."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -231,8 +245,7 @@ def recall_donor(settings: RecallDonorSettings, console: Console) -> Path:
     known = [
         asdict(settings),
         asdict(PAIRS),
-        KEYS,
-        VALUES,
+        *(tuple(f"<{kind}{index}>" for index in range(WORDS)) for kind in ("key", "value")),
         CONTEXT,
         base.name,
         torch.__version__,
@@ -273,7 +286,7 @@ def continue_donor(base: Path, settings: RecallDonorSettings, console: Console) 
         learning_rate=settings.learning_rate, embedding_learning_rate=settings.embedding_learning_rate
     )
     callbacks: list[TrainerCallback] = [ProgressReport(console, "recall donor")]
-    trainer = _Weighted(
+    trainer = WeightedTrainer(
         model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks,
         optimizers=(MuonAndAdamW(model, rates), None),
     )  # fmt: skip

@@ -40,7 +40,9 @@ class WriteGate(nn.Module):
     def products(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t"]:
         """k . w, or k . w + k^2 . u."""
         scores = self._product(x, self.write_weight)
-        return scores if self.write_squares is None else scores + self._product(x.square(), self.write_squares)
+        return (
+            scores if self.write_squares is None else scores + self._product(x.square(), self.write_squares)
+        )
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         by_input = weight.to(x.dtype).view(x.shape[1], self.heads // x.shape[1], -1)

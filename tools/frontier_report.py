@@ -1,0 +1,129 @@
+"""Tables of what tools/frontier.py has run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+Entry = dict[str, Any]
+Group = tuple[str, str, int, str, int]
+"""Of what can be compared: donor and its weights, length of texts, split, budget."""
+RESAMPLES = 2000
+
+
+def read(output: Path) -> dict[Group, dict[tuple[str, int], list[Entry]]]:
+    """Entries by what can be compared, and within that by run and steps, seeds together."""
+    groups: dict[Group, dict[tuple[str, int], list[Entry]]] = {}
+    for entry in map(json.loads, output.read_text(encoding="utf-8").splitlines()):
+        kind = (
+            entry.get("name", "demo"), entry["donor"], entry.get("length", 512), entry["split"],
+            entry["tokens"],
+        )  # fmt: skip
+        groups.setdefault(kind, {}).setdefault((entry["run"], entry["steps"]), []).append(entry)
+    return dict(sorted(groups.items()))
+
+
+def farthest(runs: dict[tuple[str, int], list[Entry]]) -> int:
+    """Tokens that the windows of any control reach: what lies beyond, no window answers."""
+    reaches = [entry["reach"] for of in runs.values() for entry in of if entry["reach"]]
+    return max(reaches, default=0)
+
+
+def report(output: Path, limit: int | None = None) -> None:
+    """Everything that was run: means over texts and seeds, 95% bootstrap intervals over both.
+
+    Args:
+        output: results.
+        limit: tokens that divide answers into within and beyond; how far the controls reach where None.
+    """
+    console = Console(width=240)
+    for (name, donor, length, split, tokens), runs in read(output).items():
+        edge = farthest(runs) if limit is None else limit
+        console.print(
+            f"\ndonor {name} ({donor}), texts of {length}, split {split}, {tokens} tokens a head; beyond is "
+            f"more than {edge} tokens back",
+            highlight=False,
+        )
+        table = Table(box=None)
+        for title in (
+            "run", "steps", "seeds", "bytes", "windows", "NLL", "recall within", "beyond",
+            "more pairs, beyond", "window", "linear",
+        ):  # fmt: skip
+            table.add_column(title, no_wrap=True)
+        for (run, steps), of in sorted(runs.items()):
+            windows = " ".join(map(shown, of[0]["windows"])) if run != "donor" else ""
+            cells = [interval([entry["both"]["nll"] for entry in of])]
+            cells += [recall(of, "both", (0, edge)), recall(of, "both", (edge, length))]
+            cells += [
+                recall(of, branch, (edge, length)) if branch in of[0] else ""
+                for branch in ("more", "window", "linear")
+            ]
+            table.add_row(run, str(steps), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
+        console.print(table)
+
+
+def against(output: Path, rival: str) -> None:
+    """Likelihood of text, less the rival's on the same donor and texts: paired, 95% bootstrap intervals."""
+    table = Table(
+        "donor", "length", "split", "tokens", "run", "steps", "seeds", f"nats more than {rival}", box=None
+    )
+    for (name, _, length, split, tokens), runs in read(output).items():
+        others = [entry["both"]["nll"] for (run, _), of in runs.items() if run == rival for entry in of]
+        for (run, steps), of in sorted(runs.items()):
+            if others and run != rival:
+                # seeds of two runs have nothing in common
+                apart = np.array([entry["both"]["nll"] for entry in of]) - np.array(others).mean(0)
+                counts = (str(length), split, str(tokens), run, str(steps), str(len(of)))
+                table.add_row(name, *counts, interval(apart.tolist()))
+    Console(width=160).print(table)
+
+
+def shown(windows: int | list[int]) -> str:
+    """A layer's window, or those of its heads."""
+    return str(windows) if isinstance(windows, int) else "/".join(map(str, windows))
+
+
+def interval(values: Sequence[Sequence[float]]) -> str:
+    """Mean of [seeds][texts], and its interval."""
+    whole = np.array(values)
+    generator = np.random.default_rng(0)
+    draws = [
+        whole[generator.integers(0, len(whole), len(whole))][
+            :, generator.integers(0, whole.shape[1], whole.shape[1])
+        ].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{whole.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def recall(entries: Sequence[Entry], state: str, span: tuple[int, int]) -> str:
+    """Share of answers that are right at these distances, and its interval over texts and seeds."""
+    counts = np.array(
+        [
+            [
+                [
+                    sum(right for far, right in text if span[0] < far <= span[1]),
+                    sum(span[0] < far <= span[1] for far, _ in text),
+                ]
+                for text in entry[state]["answers"]
+            ]
+            for entry in entries
+        ],
+        dtype=np.float64,
+    )  # [seeds, texts, (right, asked)]
+    generator = np.random.default_rng(0)
+    draws: list[float] = []
+    for _ in range(RESAMPLES):
+        seeds, texts = (generator.integers(0, n, n) for n in counts.shape[:2])
+        right, all_ = counts[seeds][:, texts].sum((0, 1))
+        draws.append(float(right / max(1, all_)))
+    right, all_ = counts.sum((0, 1))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{right / max(1, all_):.3f} [{low:.3f}, {high:.3f}]"

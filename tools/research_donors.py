@@ -1,0 +1,234 @@
+"""Donors that recall over 2,048 tokens, for docs/research/02-equal-bytes.md.
+
+    python tools/research_donors.py source          # or: docstrings
+    python tools/frontier.py run donor --donor source --length 2048     # what it recalls
+
+`source` is the demo's donor, trained on Python's sources, continued; `docstrings` is another: trained on
+scipy's docstrings from the start, wider, with two query heads for each key/value head. Both are made on the
+spot and cached, like the demo's. Texts get longer step by step, 512 to 2,048 tokens, and have 4 to 40 pairs.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from equipoise import __version__
+from equipoise.data.sources import load_documents
+from equipoise.data.token_cache import default_cache_dir
+from equipoise.demo_donor import DonorSettings, MuonAndAdamW, cached_donor, train_donor, train_tokenizer
+from equipoise.files import move_directory, write_text
+from equipoise.recall_donor import PairText, WeightedTrainer, loss_weights, pair_text
+from equipoise.train.progress import ProgressReport
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+WORDS, LONGEST = 64, 2048
+"""Keys, and values, added to the vocabulary; tokens of the longest texts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps of one kind of text: ``repeated`` or ``pairs``."""
+
+    kind: str
+    steps: int
+    rows: int
+    length: int
+
+
+CURRICULUM = (
+    Part("repeated", 110, 8, 512), Part("pairs", 170, 8, 512), Part("pairs", 60, 4, 1024),
+    Part("pairs", 80, 2, 2048),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResearchDonor:
+    """How a donor is made; `equipoise.recall_donor.RecallDonorSettings` says what the figures are."""
+
+    text: str
+    base: DonorSettings
+    kv_heads: int
+    curriculum: tuple[Part, ...] = CURRICULUM
+    answer_weight: float = 0.5
+    learning_rate: float = 1e-2
+    embedding_learning_rate: float = 4e-3
+    rope_theta: float = 1e5
+    seed: int = 0
+
+
+DONORS = {
+    "source": ResearchDonor("stdlib", DonorSettings(), kv_heads=4),
+    "docstrings": ResearchDonor(
+        "docstrings",
+        DonorSettings(hidden_size=192, intermediate_size=512, heads=6, seed=1),
+        kv_heads=3,
+        seed=1,
+    ),
+}
+
+
+def docstrings() -> Path:
+    """A file of scipy's docstrings, one module a line; its text is prose with examples."""
+    found = importlib.util.find_spec("scipy")
+    if found is None or found.origin is None:
+        raise typer.BadParameter(
+            "scipy is not installed, and its docstrings are the text: pip install scipy."
+        )
+    root, lines = Path(found.origin).parent, list[str]()
+    for path in sorted(root.rglob("*.py")):
+        if "tests" not in path.parts and (parts := list(_docstrings_of(path))):
+            lines.append(json.dumps({"text": "\n\n".join(parts)}))
+    text = "\n".join(lines) + "\n"
+    place = (
+        default_cache_dir() / "donors" / f"docstrings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+    )
+    if not place.is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, text)
+    return place
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, SyntaxError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None and len(text) > 200:
+                yield text
+
+
+def source_of(name: str) -> str:
+    """What `equipoise.data.sources.load_documents` reads a donor's text from."""
+    return str(docstrings()) if DONORS[name].text == "docstrings" else DONORS[name].text
+
+
+def donor_text(name: str, place: Path, *, split: str, seed: int, length: int, **shape: Any) -> PairText:
+    """Texts in a donor's tokens."""
+    return pair_text(
+        place, split=split, seed=seed, source=source_of(name), words=WORDS, length=length, **shape
+    )
+
+
+class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """One batch an item, in the order of the curriculum, as rows get longer."""
+
+    def __init__(self, texts: PairText, donor: ResearchDonor) -> None:
+        self.donor = donor
+        self.steps = [(part, step) for part in donor.curriculum for step in range(part.steps)]
+        self.texts = {
+            length: replace(texts, length=length, shown_once=(4, 40) if length > 512 else (10, 10))
+            for length in {part.length for part in donor.curriculum}
+        }
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        part, step = self.steps[index]
+        texts = self.texts[part.length]
+        draw = texts.repeated if part.kind == "repeated" else texts.pairs
+        rows = [draw(step * part.rows + row) for row in range(part.rows)]
+        weights = [loss_weights(row, texts.words, self.donor.answer_weight) for row in rows]
+        return {
+            "input_ids": torch.from_numpy(np.stack(rows)),
+            "weights": torch.from_numpy(np.stack(weights)),
+        }
+
+
+def _as_it_is(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return items[0]
+
+
+def research_donor(name: str, console: Console) -> Path:
+    """Directory of a donor, trained if it is not in the cache yet."""
+    donor, source = DONORS[name], source_of(name)
+    folder = default_cache_dir() / "donors"
+    known = json.dumps([asdict(donor), WORDS, source, torch.__version__, __version__])
+    place = folder / f"research-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    if (place / "config.json").is_file():
+        console.print(f"donor {name}: {place} (cached)", soft_wrap=True)
+        return place
+    base = (
+        cached_donor(donor.base, console)
+        if donor.text == "stdlib"
+        else _based_on(donor, source, place, console)
+    )
+    model, texts = _continued(name, base, console)
+    staging = place.with_name(place.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    texts.tokenizer.save_pretrained(staging)
+    move_directory(staging, place)
+    return place
+
+
+def _based_on(donor: ResearchDonor, source: str, place: Path, console: Console) -> Path:
+    base = place.with_name(place.name + "-base")
+    if not (base / "config.json").is_file():
+        documents = load_documents(source, split="train")
+        tokenizer = train_tokenizer(documents["text"], donor.base.vocabulary)
+        train_donor(
+            donor.base, tokenizer, console, documents=documents, kv_heads=donor.kv_heads
+        ).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    return base
+
+
+def _continued(name: str, base: Path, console: Console) -> tuple[LlamaForCausalLM, PairText]:
+    donor = DONORS[name]
+    set_seed(donor.seed)
+    config: Any = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_theta": donor.rope_theta, "rope_type": "default"}
+    config.max_position_embeddings = LONGEST
+    model = LlamaForCausalLM.from_pretrained(base, config=config)
+    texts = donor_text(name, base, split="train", seed=donor.seed, length=LONGEST)
+    model.resize_token_embeddings(len(texts.tokenizer), mean_resizing=False)
+    batches = _Batches(texts, donor)
+    arguments = TrainingArguments(
+        output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=len(batches),
+        per_device_train_batch_size=1, learning_rate=donor.learning_rate,
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=10,
+        lr_scheduler_kwargs={"num_decay_steps": len(batches) // 2}, max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(), seed=donor.seed, remove_unused_columns=False, report_to=[],
+        disable_tqdm=True, save_strategy="no", logging_steps=10, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rates = replace(
+        donor.base, learning_rate=donor.learning_rate, embedding_learning_rate=donor.embedding_learning_rate
+    )
+    trainer = WeightedTrainer(
+        model, arguments, train_dataset=batches, data_collator=_as_it_is,
+        callbacks=[ProgressReport(console, f"donor {name}")], optimizers=(MuonAndAdamW(model, rates), None),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return model.eval(), texts
+
+
+@app.command()
+def main(name: str) -> None:
+    """Train a donor, or say where it is."""
+    if name not in DONORS:
+        raise typer.BadParameter(f"expected one of {', '.join(DONORS)}, got {name!r}.")
+    research_donor(name, Console(stderr=True))
+
+
+if __name__ == "__main__":
+    app()
