@@ -66,10 +66,12 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
         assert (run.transfer.max_steps or 0) + (run.finetune.max_steps or 0) == frontier.STEPS
         assert run.allocation is None  # shared out once, before
         assert run.finetune.learning_rate == 5e-4
-    plain, other = (load_recipe(*frontier.settings_of(name, DEMO)) for name in ("equipoise", "full-writes"))
-    assert plain.hybrid is not None
-    assert other.hybrid is not None
-    assert (plain.hybrid.write_gate, other.hybrid.write_gate) == ("per_token", "none")
+    settings = [
+        load_recipe(*frontier.settings_of(name, DEMO)).hybrid
+        for name in ("equipoise", "full-writes", "unit-maps")
+    ]
+    assert [of.write_gate for of in settings if of is not None] == ["quadratic", "none", "per_token"]
+    assert [of.features(32) for of in settings if of is not None] == [64, 64, 32]  # two unit heads for one
 
 
 def test_recall_counts_answers_in_a_span(tables: Any) -> None:

@@ -63,39 +63,39 @@ DELTA_SCALE: Mapping[str, Any] = {
     "finetune": SCALE["finetune"],
 }
 """And for the delta rule."""
-ADDITIVE: Mapping[str, Any] = {"state_update": "additive", "feature_map": "hedgehog-joint"}
 COMPETING: Mapping[str, Any] = {"mixing": "competing", "gate_value": 1 - 1.5e-8}
-PRODUCTS: Mapping[str, Any] = {"feature_map": "dpfp", "write_gate": "quadratic"}
+UNIT: Mapping[str, Any] = {"feature_map": "unit", "feature_multiple": 1, "write_gate": "per_token"}
+"""What the recipe had before the map dpfp, in two heads at the bytes of one."""
+ADDITIVE: Mapping[str, Any] = {
+    "state_update": "additive", "feature_map": "hedgehog-joint", "write_gate": "per_token"
+}  # fmt: skip
+FAR_3: Mapping[str, Any] = {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
-    "additive": {"hybrid": {**ADDITIVE, "feature_multiple": 2}},
-    "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog", "feature_multiple": 2}},
-    "competing": {"hybrid": {**COMPETING}},
-    "competing-two-wide-heads": {
-        "hybrid": {**COMPETING, "feature_multiple": 2},
-        "allocation": {"linear_share": 2 * SHARE},
-    },
-    "additive-competing": {
-        "hybrid": {**ADDITIVE, "feature_multiple": 2, "mixing": "competing", "gate_value": 0.9997}
-    },
-    "dpfp": {"hybrid": {**PRODUCTS}},
-    "dpfp-linear-writes": {"hybrid": {**PRODUCTS, "write_gate": "per_token"}},
-    "dpfp-competing": {"hybrid": {**PRODUCTS, **COMPETING}},
-    "dpfp-one-wide-head": {"hybrid": {**PRODUCTS, "feature_multiple": 2}},
-    "dpfp-one-wide-head-competing": {"hybrid": {**PRODUCTS, **COMPETING, "feature_multiple": 2}},
-    "fixed-gate": {"hybrid": {"gate": "fixed"}},
+    "unit-maps": {"hybrid": UNIT},
+    "narrow": {"hybrid": {"feature_multiple": 1}},
+    "two-heads": {"allocation": {"linear_share": 2 * SHARE}},
+    "linear-writes": {"hybrid": {"write_gate": "per_token"}},
     "full-writes": {"hybrid": {"write_gate": "none"}},
+    "additive": {"hybrid": ADDITIVE},
+    "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog"}},
+    "competing": {"hybrid": COMPETING},
+    "narrow-competing": {"hybrid": {"feature_multiple": 1, **COMPETING}},
+    "fixed-gate": {"hybrid": {"gate": "fixed"}},
     "even-windows": {},
     "no-summaries": {"allocation": {"elsewhere": None}},
-    "one-head": {"allocation": {"linear_share": SHARE / 2}},
-    "one-wide-head": {"hybrid": {"feature_multiple": 2}},
-    "two-wide-heads": {"hybrid": {"feature_multiple": 2}, "allocation": {"linear_share": 2 * SHARE}},
-    "far-3": {"finetune": {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}},
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
-}
+    "unit-one-head": {"hybrid": UNIT, "allocation": {"linear_share": SHARE / 2}},
+    "unit-two-wide-heads": {
+        "hybrid": {**UNIT, "feature_multiple": 2}, "allocation": {"linear_share": 2 * SHARE}
+    },
+    "unit-competing": {"hybrid": {**UNIT, **COMPETING}},
+    "unit-far-3": {"hybrid": UNIT, "finetune": FAR_3},
+    "unit-no-summaries": {"hybrid": UNIT, "allocation": {"elsewhere": None}},
+}  # fmt: skip
 """`equipoise`, and the same without one ingredient or with another."""
 
 

@@ -431,9 +431,13 @@ class Results:
         self, size: int, arm: str, quantity: str, heads: Sequence[int] | None = None
     ) -> NDArray[np.float64]:
         """Means over heads, all or those given [seeds]; a head without such queries does not count."""
-        rows = [row for row in self.rows if (row["size"], row["arm"]) == (size, arm)]
-        found = [row[quantity] for row in rows if quantity in row]
+        found = self.heads(size, arm, quantity)
         return np.array([np.nanmean(values if heads is None else np.take(values, heads)) for values in found])
+
+    def heads(self, size: int, arm: str, quantity: str) -> NDArray[np.float64]:
+        """By seed and head [seeds, A]; nothing where the arm has no such quantity."""
+        rows = [row for row in self.rows if (row["size"], row["arm"]) == (size, arm)]
+        return np.array([row[quantity] for row in rows if quantity in row], dtype=np.float64)
 
     def complete(self, size: int, plan: Plan) -> list[Arm]:
         """Arms of which every seed was run."""
@@ -467,7 +471,42 @@ def tables(results: Results, plan: Plan) -> str:
                 cells = _cells(results, arm, size, heads)
                 lines.append(line(arm.name, *(cells[name] for name in shown)))
             lines.append("")
-    return "\n".join(lines[:-1])
+    lines += heading("what was learned", "heads better", "half after", "recall heads", "β", "recall heads")
+    for size in plan.sizes:
+        for arm in results.complete(size, plan)[1:]:
+            lines.append(line(f"F = {size}, {arm.name}", *_habits(results, arm, size, plan)))
+    return "\n".join([*lines, "", _ceiling(results, plan)])
+
+
+def _habits(results: Results, arm: Arm, size: int, plan: Plan) -> list[str]:
+    """Heads whose error is below the additive state's, seeds averaged; tokens until half is forgotten; β."""
+    found = {
+        name: results.heads(size, of, quantity)
+        for name, of, quantity in (
+            ("error", arm.name, "error"),
+            ("additive", ADDITIVE.name, "error"),
+            ("decay", arm.name, "log_decay"),
+            ("strength", arm.name, "strength"),
+        )
+    }
+    recall = list(RECALL_HEADS if plan.heads is None else range(len(plan.heads)))
+    better = int((found["error"].mean(0) < found["additive"].mean(0)).sum())
+    cells = [f"{better} of {found['error'].shape[1]}"]
+    for name, digits in (("decay", 0), ("strength", 2)):
+        values = np.log(0.5) / found[name] if name == "decay" else found[name]
+        parts = [values, values[:, recall]] if len(values) else []
+        cells += [f"{np.median(part):.{digits}f}" for part in parts] or ["", ""]
+    return cells
+
+
+def _ceiling(results: Results, plan: Plan) -> str:
+    """What the target itself answers."""
+    recall = RECALL_HEADS if plan.heads is None else None
+    right, count = (
+        results.of(0, SOFTMAX, "right", recall).mean(),
+        results.heads(0, SOFTMAX, "questions").sum(),
+    )
+    return f"{SOFTMAX}: nearest is right {right:.3f}, of {count:.0f} questions"
 
 
 def _cells(results: Results, arm: Arm, size: int, heads: Sequence[int] | None) -> dict[str, str]:
@@ -475,7 +514,7 @@ def _cells(results: Results, arm: Arm, size: int, heads: Sequence[int] | None) -
     means = {
         name: f"{found.mean():.3f}"
         for name in TITLES
-        if len(found := results.of(size, arm.name, name, heads))
+        if name != "numbers" and len(found := results.of(size, arm.name, name, heads))
     }
     error, plain = (results.of(size, name, "error", heads) for name in (arm.name, ADDITIVE.name))
     return means | {

@@ -126,6 +126,45 @@ def test_elu_and_none() -> None:
     torch.testing.assert_close(none(x), x @ none.weight)
 
 
+@pytest.mark.parametrize("features", [DIM, 2 * DIM, 4 * DIM])
+def test_products_of_neighbours(features: int) -> None:
+    phi, x = made("dpfp", features=features), normal(2, 4, 5, DIM)
+    projected = x @ phi.weight
+    parts = torch.cat([projected, -projected], -1).clamp_min(0)
+    products = torch.stack([parts[..., i] * parts[..., (i - 1) % features] for i in range(features)], -1)
+    torch.testing.assert_close(phi(x), products / products.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(phi(3 * x), phi(x))
+    phi.log_scale.data.fill_(0.5)
+    torch.testing.assert_close(phi(x).norm(dim=-1), torch.full((2, 4, 5), 0.5).double().exp())
+    keys = made("dpfp", features=features).for_keys()
+    assert list(dict(keys.named_parameters())) == ["weight"]
+    assert torch.equal(keys(x.double()), made("dpfp", features=features)(x))  # queries and keys start alike
+
+
+def test_features_of_products_tell_more_keys_apart_than_linear_ones() -> None:
+    """Of 2 D random keys, features to 2 D: overlaps of linear ones are those of D dimensions."""
+    keys = normal(1, 1, 2 * DIM, DIM, seed=3)
+    found: dict[str, float] = {}
+    for name in ("unit", "dpfp"):
+        features = made(name, heads=1, features=2 * DIM).for_keys()(keys)[0, 0]
+        assert torch.linalg.matrix_rank(features) == (DIM if name == "unit" else 2 * DIM)
+        overlaps = features @ features.mT
+        found[name] = float((overlaps - torch.eye(2 * DIM)).square().mean().detach())
+    assert found["dpfp"] < 0.8 * found["unit"]
+
+
+def test_a_key_without_features_writes_nothing() -> None:
+    """Where three signs alternate all the way round, every product is 0, and so is its gradient."""
+    phi = made("dpfp", heads=1, features=6).for_keys()
+    phi.weight.data = torch.eye(DIM, 3).double()[None]
+    x = torch.tensor([1.0, -2.0, 3.0, 0, 0, 0, 0, 0], dtype=torch.float64)[None, None, None].requires_grad_()
+    out = phi(x)
+    out.sum().backward()
+    assert not out.any()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
 def test_maps_per_query_head_equal_repeating_the_keys() -> None:
     phi, k = made("hedgehog"), normal(2, 2, 5, DIM)
     torch.testing.assert_close(phi(k), phi(k.repeat_interleave(2, 1)), rtol=0, atol=0)

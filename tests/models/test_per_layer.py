@@ -16,7 +16,7 @@ from equipoise.config import ConfigError
 from equipoise.data.packing import EvaluationWindow
 from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.layers.interface import mixers_of
-from equipoise.layers.mixer import AttentionMode
+from equipoise.layers.mixer import AttentionMode, HybridMixer
 from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.models.families import ConversionError
 from support import normal, random_tokens, tiny_model
@@ -39,7 +39,7 @@ MEANS: dict[int, Any] = {
         "window": 4, "head_windows": (2, 4), "sinks": 2, "linear_heads": (0, 1, 2, 3), "mixing": "calibrated",
         "feature_map": "constant", "feature_dim": 1,
     },
-    1: {**DELTA[1], "mixing": "competing"},
+    1: {**DELTA[1], "mixing": "competing", "feature_map": "dpfp", "write_gate": "quadratic"},
 }  # fmt: skip
 """States of one feature, as the recipe equipoise has them beside the delta rule."""
 WAYS = pytest.mark.parametrize(
@@ -225,6 +225,7 @@ def test_write_strength() -> None:
     torch.testing.assert_close(
         gated(keys).norm(dim=-1), torch.full((2, 4, 11), -4.0).double().sigmoid(), rtol=1e-9, atol=0
     )
+    assert gated.write_squares is None
     gated.write_weight.data = normal(4, 8, seed=3)
     gated.write_bias.data = normal(4, 1, seed=4)
     exponent = (keys.repeat_interleave(2, 1) * gated.write_weight[:, None]).sum(-1) + gated.write_bias
@@ -233,6 +234,33 @@ def test_write_strength() -> None:
     queries.reset_parameters(torch.Generator().manual_seed(0))
     queries.log_scale.data.fill_(1.5)
     torch.testing.assert_close(queries(keys).norm(dim=-1), torch.full((2, 2, 11), 1.5).double().exp())
+
+
+@pytest.mark.parametrize("gate", [WriteGate, WriteStrength])
+def test_quadratic_gates_see_how_long_keys_are(gate: type[WriteGate]) -> None:
+    phi = FEATURE_MAPS["unit"](4, 8, 8).double().for_keys()
+    phi.reset_parameters(torch.Generator().manual_seed(0))
+    gated, plain = gate(phi, squares=True).double(), gate(phi).double()
+    keys = normal(2, 2, 11, 8)
+    assert torch.equal(gated(keys), plain(keys))  # which all start as
+    assert gated.write_squares is not None
+    gated.write_squares.data = normal(4, 8, seed=5)
+    scores = gated.products(keys)
+    torch.testing.assert_close(scores, gated.products(-keys))
+    torch.testing.assert_close(
+        scores, (keys.square().repeat_interleave(2, 1) * gated.write_squares[:, None]).sum(-1)
+    )
+    assert not torch.equal(gated(2 * keys), gated(keys))  # directions are the same, strengths are not
+    gated.reset_parameters(torch.Generator())
+    assert not gated.write_squares.any()
+
+
+def test_a_converted_layer_takes_the_quadratic_gate() -> None:
+    config = HybridConfig(window=6, state_update="delta", feature_map="dpfp", write_gate="quadratic")
+    mixer = HybridMixer(config, heads=4, kv_heads=2, head_dim=8, layer_idx=0)
+    assert isinstance(mixer.phi_k, WriteStrength)
+    assert mixer.phi_k.write_squares is not None
+    assert mixer.phi_k(normal(1, 1, 3, 8).float()).shape[-1] == 16
 
 
 @pytest.mark.parametrize(

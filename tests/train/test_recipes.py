@@ -139,8 +139,8 @@ class TestAgainstTheMethod:
         run = load_recipe("equipoise")
         layer = hybrid(run)
         assert (layer.window, layer.sinks, layer.mixing, layer.overlap) == (64, 4, "convex", True)
-        assert (layer.gate, layer.write_gate) == ("per_token", "per_token")
-        assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "unit", 1)
+        assert (layer.gate, layer.write_gate) == ("per_token", "quadratic")
+        assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "dpfp", 2)
         assert run.allocation is not None
         assert run.allocation.state_bytes is None  # those of the windows
         assert run.transfer is not None

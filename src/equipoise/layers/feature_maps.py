@@ -347,10 +347,21 @@ class ProjectedProducts(Unit):
     linear map to more than D features has rank D all the same, and a state of the delta rule that many keys
     are written to then confuses them (docs/research/02). Queries have a learned factor, as in `Unit`.
 
+    W starts as orthogonal directions, in blocks of D, the same for queries and keys: with F / 2 of them the
+    identity would drop half of D where F = D.
+
     Source: DPFP with nu = 1, arXiv 2102.11174 section 5.2, whose r has no W and whose features sum to 1.
     """
 
     two_sided = True
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw W from the generator's seed, not its state, so that queries and keys have the same."""
+        super().reset_parameters(generator)
+        _, rows, columns = self.weight.shape
+        directions = orthogonal_gaussian(rows, columns, _shared(generator))
+        self.weight.copy_(directions / directions.norm(dim=0))
 
     def activation(self, projected: Tensor) -> Tensor:
         parts = torch.cat([projected, -projected], -1).relu()
