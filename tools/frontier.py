@@ -16,7 +16,8 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +29,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import frontier_report
 from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
 from equipoise.files import write_text
-from equipoise.layers.mixer import AttentionMode
+from equipoise.layers.mixer import AttentionMode, HybridMixer
 from equipoise.models.allocation import allocate
 from equipoise.models.allocation.choosing import curve_of, improved, share_windows
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import linear_head_bytes
+from equipoise.ops import Branches
 from equipoise.ops.eviction import Eviction
 from equipoise.recall_donor import write_documents
 from equipoise.train.convert import convert
@@ -256,6 +258,28 @@ def made(
     return converted(at, settings, recipe, seed, steps, console), None
 
 
+@contextmanager
+def large_alone(model: PreTrainedModel) -> Generator[None]:
+    """Heads with a large state without their windows, all others as they are: what such states know.
+
+    Linear attention alone in every head says nothing of them where layers of means come first.
+    """
+    large = [mixer for mixer in converted_mixers(model) if not is_small(mixer)]
+    before = [mixer.mode for mixer in large]
+    try:
+        for mixer in large:
+            mixer.mode = AttentionMode(branches=Branches(window=False, reading="renormalised"))
+        yield
+    finally:
+        for mixer, mode in zip(large, before, strict=True):
+            mixer.mode = mode
+
+
+def is_small(mixer: HybridMixer) -> bool:
+    """Whether a layer has means of the past, or no linear branch at all."""
+    return mixer.config.feature_map in (None, "constant")
+
+
 def score_run(
     name: str, at: Setting, seed: int, split: Split, steps: int, console: Console
 ) -> dict[str, Any]:
@@ -283,6 +307,7 @@ def score_run(
     if any(mixer.has_both for mixer in mixers):
         for branch in ("window", "linear"):
             entry[branch] = scored(model, texts, count, state(branch))
+        entry["large"] = scored(model, texts, count, large_alone(model))
     return entry
 
 
