@@ -49,7 +49,10 @@ def recurrence(state: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
         query = queries[0, :, token + BEHIND]
         if arm.start is None:
             sums, mass = sums + key[..., None] * value[:, None], mass + key
-            outs.append(torch.einsum("hf,hfd->hd", query, sums) / (query * mass).sum(-1, keepdim=True))
+            outs.append(
+                torch.einsum("hf,hfd->hd", query, sums)
+                / (query * mass).sum(-1, keepdim=True).clamp_min(1e-12)
+            )
         else:
             unit = key / key.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # products may all be 0
             said = torch.einsum("hf,hfd->hd", unit, sums)

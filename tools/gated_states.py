@@ -96,6 +96,7 @@ ADDITIVE = Arm("additive")
 ARMS = (
     ADDITIVE,
     Arm("write gate", gated=True),
+    Arm("write gate, dpfp", gated=True, feature_map="dpfp"),
     Arm("decay per head", decay="head"),
     Arm("decay per token", decay="token"),
     Arm("decay per token and feature", decay="channel"),
@@ -109,7 +110,11 @@ ARMS = (
 
 
 LEFT_OUT: dict[int, tuple[str, ...]] = {
-    1: ("decay per token and feature", *(arm.name for arm in ARMS if arm.start is not None)),
+    1: (
+        "write gate, dpfp",
+        "decay per token and feature",
+        *(arm.name for arm in ARMS if arm.start is not None),
+    ),
     64: ("decay per head", "write gate, decay per token", "delta, β from 0.5", "gated delta, β from 0.5"),
 }
 """By size: with one feature there is no second to decay apart, and no delta rule; 64 had to be cheaper."""
