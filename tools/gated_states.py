@@ -476,11 +476,37 @@ def tables(results: Results, plan: Plan) -> str:
                 cells = _cells(results, arm, size, heads)
                 lines.append(line(arm.name, *(cells[name] for name in shown)))
             lines.append("")
+    lines += [*_pairs(results, plan), ""]
     lines += heading("what was learned", "heads better", "half after", "recall heads", "β", "recall heads")
     for size in plan.sizes:
         for arm in results.complete(size, plan)[1:]:
             lines.append(line(f"F = {size}, {arm.name}", *_habits(results, arm, size, plan)))
     return "\n".join([*lines, "", _ceiling(results, plan)])
+
+
+PAIRS = (
+    ("delta, β from 0.02", "write gate"),
+    ("write gate, dpfp", "write gate"),
+    ("delta, β from 0.02, dpfp", "write gate"),
+    ("delta, β from 0.02, dpfp", "write gate, dpfp"),
+)
+"""Additive states with a gate against the delta rule, whose strength is a gate too; and rule against map."""
+
+
+def _pairs(results: Results, plan: Plan) -> list[str]:
+    """What the first of two arms has on the second of the same seed, in the heads that recall."""
+    lines = heading("heads 2 and 3 of layer 3", "error", "nearest is right")
+    heads = RECALL_HEADS if plan.heads is None else None
+    for size in plan.sizes:
+        names = [arm.name for arm in results.complete(size, plan)]
+        for first, second in PAIRS:
+            if first in names and second in names:
+                more = [
+                    results.of(size, first, name, heads) - results.of(size, second, name, heads)
+                    for name in ("error", "right")
+                ]
+                lines.append(line(f"F = {size}, {first} − {second}", *map(over_seeds, more)))
+    return lines
 
 
 def _habits(results: Results, arm: Arm, size: int, plan: Plan) -> list[str]:
