@@ -88,6 +88,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-summaries": {"allocation": {"elsewhere": None}},
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
+    "far-output": {"transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}}},
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     "unit-one-head": {"hybrid": UNIT, "allocation": {"linear_share": SHARE / 2}},

@@ -158,7 +158,8 @@ class TransferConfig(Schedule):
     """Stage 1, attention transfer: maps (and gates) learn the frozen donor's attention, layer by layer."""
 
     objectives: dict[str, float] = Field(default_factory=lambda: {"weights": 1.0})
-    """Transfer objectives and their weights in the sum: weights, output, hybrid-output."""
+    """Transfer objectives and their weights in the sum: weights, output, hybrid-output, far-output (output,
+    where windows are not enough)."""
     learning_rate: float = Field(default=1e-2, gt=0)
     """Peak learning rate of AdamW."""
 

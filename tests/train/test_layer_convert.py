@@ -301,6 +301,9 @@ class TestErrors:
     def test_what_needs_the_whole_model_is_refused(self, small: Any) -> None:
         with pytest.raises(ConfigError, match=r"`--set finetune=null --set watch=null --report-to none`"):
             check_streamable(small("hedgecats", report_to="tensorboard"))
+        far = small("zero-shot", transfer={"objectives": {"far-output": 1.0}})
+        with pytest.raises(ConfigError, match=r"far-output looks at predictions.*objectives=\{output: 1\.0"):
+            check_streamable(far)
         with pytest.raises(ConfigError, match="swa-sinks has no transfer"):
             check_streamable(small("swa-sinks"))
 

@@ -197,6 +197,11 @@ class TestSettings:
         with pytest.raises(ConfigError, match=words):
             parse(RunConfig, {"name": "x", "finetune": {"objectives": objectives}})
 
+    def test_far_output_needs_windows(self, recipe: Any) -> None:
+        run = recipe(hybrid={"window": None}, transfer={"objectives": {"far-output": 1.0}})
+        with pytest.raises(ConfigError, match=r"far-output compares .* Set hybrid\.window, or take output"):
+            check_names(run)
+
     def test_far_distillation_needs_windows(self, recipe: Any) -> None:
         run = recipe(hybrid={"window": None}, finetune={"objectives": {"far-distillation": 1.0}})
         with pytest.raises(ConfigError, match=r"Set hybrid\.window"):

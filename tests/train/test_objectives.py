@@ -133,6 +133,23 @@ def test_every_parameter_learns(name: str) -> None:
     assert (gate.grad is not None and bool(gate.grad.any())) == (name == "hybrid-output")
 
 
+def test_far_output_counts_tokens_by_their_weight() -> None:
+    astray = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[1, 7:] = False
+    layer = replace(target(key_mask=mask, feature_map="hedgehog"), astray=astray)
+    alone = layer.mixer.hybrid(layer.inputs, branches=Branches(window=False, reading="renormalised"))[0]
+    errors = (alone - layer.output).square().mean((1, 3))
+    weight = astray * mask
+    torch.testing.assert_close(OBJECTIVES["far-output"](layer), (weight * errors).sum() / weight.sum())
+    even = replace(layer, astray=torch.full_like(astray, 0.3))
+    torch.testing.assert_close(OBJECTIVES["far-output"](even), OBJECTIVES["output"](layer))
+    nothing = OBJECTIVES["far-output"](replace(layer, astray=torch.zeros_like(astray)))
+    assert nothing == 0  # windows are enough everywhere
+    assert weighted_sum({"far-output": 1.0, "output": 1.0}).is_far
+    assert not weighted_sum({"output": 1.0}).is_far
+
+
 def test_sum_weights_its_terms() -> None:
     layer = target()
     expected = 2 * OBJECTIVES["weights"](layer) + 1000 * OBJECTIVES["hybrid-output"](layer)

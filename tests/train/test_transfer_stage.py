@@ -157,6 +157,27 @@ class TestTransfer:
         assert_same(donor_weights(model), before)
 
 
+def test_far_output_learns_from_tokens_that_windows_get_wrong(
+    recipe: Any, hybrid: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe(transfer={**STAGE1, "max_steps": 2, "objectives": {"far-output": 1.0}})
+    model, seen = hybrid(run), list[Any]()
+    monkeypatch.setattr(
+        "equipoise.train.objectives.LayerTarget.far_mean",
+        lambda self, per_token: seen.append(self.astray) or per_token.mean(),
+    )
+    transfer(model, run, rows, tmp_path / "stage")
+    weights = seen[0]
+    assert weights.shape == (run.transfer.batch_size, len(rows[0]["input_ids"]))
+    assert not weights[:, -1].any()
+    first = run.hybrid.window - 1
+    assert not weights[:, :1].any()  # the first token sees all there is
+    assert weights[:, first:-1].max() > 0
+    assert weights.min() > -1e-6
+    layers = sum(mixer.phi_q is not None for mixer in mixers_of(model))
+    assert all(torch.equal(seen[0], other) for other in seen[:layers])  # one pair of passes for all layers
+
+
 def test_a_layer_without_a_linear_branch_has_nothing_to_learn(
     recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
 ) -> None:

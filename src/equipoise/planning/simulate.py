@@ -34,8 +34,8 @@ from equipoise.models.branches import branches, capture, observe
 from equipoise.models.surgery import hybridize
 from equipoise.ops import Branches
 from equipoise.planning.slices import Kind, make_slice, representatives, slice_settings
-from equipoise.train.losses import finetune_loss, is_plain
-from equipoise.train.objectives import LayerTarget, weighted_sum
+from equipoise.train.losses import astray, finetune_loss, is_plain
+from equipoise.train.objectives import LayerTarget, WeightedSum, weighted_sum
 from equipoise.train.probe import BranchProbe
 from equipoise.train.stages import lora_targets, recomputing
 
@@ -195,7 +195,10 @@ def _run(model: Any, run: RunConfig, phase: Phase, batch: dict[str, Tensor], cou
         with torch.no_grad():
             model(**batch, use_cache=False)
     elif phase == "transfer":
-        with capture(model, _transfer_observer(run)), torch.no_grad():
+        assert run.transfer is not None
+        objective = weighted_sum(run.transfer.objectives)
+        far = astray(model, inputs) if objective.is_far else None
+        with capture(model, _transfer_observer(objective, far)), torch.no_grad():
             model.get_decoder()(**inputs, use_cache=False)
     else:
         with ExitStack() as stack:
@@ -209,15 +212,12 @@ def _run(model: Any, run: RunConfig, phase: Phase, batch: dict[str, Tensor], cou
                 finetune_loss(model, batch, run.finetune.objectives).backward()
 
 
-def _transfer_observer(run: RunConfig) -> Any:
-    assert run.transfer is not None
-    objective = weighted_sum(run.transfer.objectives)
-
+def _transfer_observer(objective: WeightedSum, far: Tensor | None) -> Any:
     def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
         if mixer.phi_q is None:
             return
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            objective(LayerTarget(mixer, seen.detach(), output.detach())).backward()
+            objective(LayerTarget(mixer, seen.detach(), output.detach(), far)).backward()
 
     return observer
 

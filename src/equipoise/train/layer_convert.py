@@ -30,6 +30,7 @@ from equipoise.train.layer_progress import LayerProgress
 from equipoise.train.layer_saving import save_full
 from equipoise.train.layer_stream import POLL, LayerStream
 from equipoise.train.layer_workers import take_rank
+from equipoise.train.objectives import FAR_OBJECTIVES
 from equipoise.train.outputs import START, WORK, OutputError, claimed, clean_up, left_behind
 from equipoise.train.rank_trainer import TrainingDiverged
 from equipoise.train.stage_files import FINISHED, StageResult
@@ -53,6 +54,10 @@ def check_streamable(run: RunConfig) -> None:
     if run.finetune is not None:
         reasons.append("stage 2 (finetune) needs all of it, sharded over GPUs by FSDP2")
         changes.append("--set finetune=null")
+    far = ", ".join(FAR_OBJECTIVES & run.transfer.objectives.keys())
+    if far:
+        reasons.append(f"{far} looks at predictions, which all layers make together")
+        changes.append("--set 'transfer.objectives={output: 1.0, hybrid-output: 1.0}'")
     if run.allocation is not None:
         reasons.append("allocation measures all of it")
         changes.append("--set allocation=null")

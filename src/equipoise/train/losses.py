@@ -112,6 +112,22 @@ def far_distillation(predictions: Predictions) -> Tensor:
     return weight.detach() * predictions.divergence
 
 
+@torch.no_grad()
+def astray(model: PreTrainedModel, arguments: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
+    """KL(donor || windowed donor) of the token after each, in nats; 0 at a sequence's last token.
+
+    Args:
+        model: converted, with a window in every converted layer.
+        arguments: of the model, without labels.
+    """
+    donor, windowed = (_reference(model, name, arguments) for name in (DONOR, WINDOWED_DONOR))
+    found = divergence(donor, windowed)
+    segments = arguments.get("segment_ids")
+    if segments is not None:
+        found = found.masked_fill(segments[:, 1:] != segments[:, :-1], 0)
+    return functional.pad(found, (0, 1))
+
+
 def is_plain(objectives: Mapping[str, float]) -> bool:
     """Whether they are the next token alone, which models compute themselves, perhaps with a fused kernel."""
     return dict(objectives) == {NEXT_TOKEN: 1.0}

@@ -5,7 +5,7 @@ A new objective is one function under `OBJECTIVES.register`. It sees one layer a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,11 +28,14 @@ class LayerTarget:
         mixer: the layer's feature maps and gate, the only thing that trains.
         inputs: the donor's q, k, v, cut from the graph.
         output: the donor's softmax attention output [B, H, T, E].
+        astray: how far windows alone lead the donor astray at each token, in nats [B, T]
+            (`equipoise.train.losses.astray`); None unless an objective of `FAR_OBJECTIVES` is asked for.
     """
 
     mixer: HybridMixer
     inputs: LayerInputs
     output: Tensor
+    astray: Tensor | None = None
 
     @cached_property
     def features(self) -> tuple[Tensor, Tensor]:
@@ -56,9 +59,20 @@ class LayerTarget:
         kept = mask[:, None].expand_as(per_token)
         return per_token.masked_fill(~kept, 0).sum() / kept.sum().clamp_min(1)
 
+    def far_mean(self, per_token: Tensor) -> Tensor:
+        """Mean of [B, H, T] over heads and tokens, these weighted by `astray`."""
+        assert self.astray is not None
+        weight = self.astray.to(per_token.dtype)
+        if self.inputs.key_mask is not None:
+            weight = weight.masked_fill(~self.inputs.key_mask, 0)
+        total = (weight[:, None] * per_token).sum()
+        return total / (weight.sum() * per_token.shape[1]).clamp_min(torch.finfo(per_token.dtype).tiny)
+
 
 Objective = Callable[[LayerTarget], Tensor]
 OBJECTIVES: Registry[Objective] = Registry("transfer objective")
+FAR_OBJECTIVES = frozenset({"far-output"})
+"""Those that look at predictions too, and so take two more passes of the whole model a step."""
 
 
 @OBJECTIVES.register("weights")
@@ -78,15 +92,30 @@ def weights(target: LayerTarget) -> Tensor:
     )  # fmt: skip
 
 
-def _mean_squared_error(target: LayerTarget, output: Tensor) -> Tensor:
+def _squared_error(target: LayerTarget, branches: Branches) -> Tensor:
+    """From the donor's output to the mixer's in a branch state, mean over E [B, H, T]."""
+    output = target.hybrid(branches)
     dtype = accumulation_dtype(output.dtype)
-    return target.mean((output.to(dtype) - target.output.to(dtype)).square().mean(-1))
+    return (output.to(dtype) - target.output.to(dtype)).square().mean(-1)
+
+
+LINEAR_ALONE = Branches(window=False, reading="renormalised")
 
 
 @OBJECTIVES.register("output")
 def output(target: LayerTarget) -> Tensor:
     """Mean squared error from the donor's attention output to linear attention alone, over all keys."""
-    return _mean_squared_error(target, target.hybrid(Branches(window=False, reading="renormalised")))
+    return target.mean(_squared_error(target, LINEAR_ALONE))
+
+
+@OBJECTIVES.register("far-output")
+def far_output(target: LayerTarget) -> Tensor:
+    """The same, each token weighted by how far windows alone lead the donor astray there, in nats.
+
+    Few tokens ask for something that lies beyond all windows; among all others they hardly count, and maps
+    that learn from all of them alike learn to be a mean (docs/research/06).
+    """
+    return target.far_mean(_squared_error(target, LINEAR_ALONE))
 
 
 @OBJECTIVES.register("hybrid-output")
@@ -95,18 +124,31 @@ def hybrid_output(target: LayerTarget) -> Tensor:
 
     The cause of component collapse: the window explains the target, and the maps have little left to learn.
     """
-    return _mean_squared_error(target, target.hybrid(Branches()))
+    return target.mean(_squared_error(target, Branches()))
 
 
-def weighted_sum(objectives: Mapping[str, float]) -> Objective:
+@dataclass(frozen=True)
+class WeightedSum:
+    """One objective from several and their weights; `weighted_sum` makes it.
+
+    Attributes:
+        terms: objectives and their weights.
+        is_far: whether one of them looks at `LayerTarget.astray`.
+    """
+
+    terms: Sequence[tuple[Objective, float]]
+    is_far: bool
+
+    def __call__(self, target: LayerTarget) -> Tensor:
+        """The sum, a scalar."""
+        return torch.stack([weight * objective(target) for objective, weight in self.terms]).sum()
+
+
+def weighted_sum(objectives: Mapping[str, float]) -> WeightedSum:
     """One objective from several and their weights.
 
     Raises:
         UnknownNameError: no such objective.
     """
     terms = [(OBJECTIVES[name], weight) for name, weight in objectives.items()]
-
-    def total(target: LayerTarget) -> Tensor:
-        return torch.stack([weight * objective(target) for objective, weight in terms]).sum()
-
-    return total
+    return WeightedSum(terms, bool(FAR_OBJECTIVES & objectives.keys()))

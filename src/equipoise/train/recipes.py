@@ -11,7 +11,7 @@ from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.ops import MIXING_RULES
 from equipoise.registry import unknown_name
 from equipoise.train.losses import FINETUNE_OBJECTIVES, WINDOWED_DONOR
-from equipoise.train.objectives import OBJECTIVES
+from equipoise.train.objectives import FAR_OBJECTIVES, OBJECTIVES
 
 
 def recipe_names() -> list[str]:
@@ -54,6 +54,12 @@ def check_names(run: RunConfig) -> None:
     if run.transfer is not None:
         for name in run.transfer.objectives:
             OBJECTIVES[name]
+        far = ", ".join(FAR_OBJECTIVES & run.transfer.objectives.keys())
+        if far and (run.hybrid is None or run.hybrid.window is None):
+            raise ConfigError(
+                f"transfer.objectives: {far} compares the donor with its windows alone, and this hybrid has "
+                "none. Set hybrid.window, or take output."
+            )
     if run.finetune is not None:
         needed = {need for name in run.finetune.objectives for need in FINETUNE_OBJECTIVES[name].needs}
         if WINDOWED_DONOR in needed and (run.hybrid is None or run.hybrid.window is None):

@@ -23,8 +23,8 @@ from equipoise.models.branches import capture
 from equipoise.models.layout import attention_modules
 from equipoise.models.sharding import run_decoder
 from equipoise.ops import Branches
-from equipoise.train.losses import finetune_loss, is_plain
-from equipoise.train.objectives import LayerTarget, Objective, weighted_sum
+from equipoise.train.losses import astray, finetune_loss, is_plain
+from equipoise.train.objectives import LayerTarget, WeightedSum, weighted_sum
 from equipoise.train.parallel import share_weights, summed
 from equipoise.train.probe import BranchProbe
 from equipoise.train.rank_trainer import TrainingDiverged
@@ -48,7 +48,7 @@ class TransferTrainer(StageTrainer):
 
     stage_name = "transfer"
 
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: WeightedSum, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._share: dict[str, float] = {}
@@ -60,6 +60,13 @@ class TransferTrainer(StageTrainer):
         losses: list[Tensor] = []
         share, logs = self._share, self.logs_this_step
         guard = NumericalGuard()
+        hybrid: Any = self.accelerator.unwrap_model(model)
+        hybrid.get_decoder().eval()
+        arguments = {k: v for k, v in inputs.items() if k != "labels"}
+        far: Tensor | None = None
+        if self.objective.is_far:
+            with self.accelerator.autocast():
+                far = astray(hybrid, arguments)
 
         def observer(mixer: HybridMixer, seen: LayerInputs, output: Tensor) -> None:
             if mixer.phi_q is None:  # a layer that was given a window only: nothing to learn
@@ -68,16 +75,13 @@ class TransferTrainer(StageTrainer):
                 guard(mixer, seen.detach())
             # autocast is for the donor: maps run in float32 in every forward pass, and so must learn in it
             with torch.enable_grad(), torch.autocast(seen.q.device.type, enabled=False):
-                loss = self.objective(LayerTarget(mixer, seen.detach(), output.detach()))
+                loss = self.objective(LayerTarget(mixer, seen.detach(), output.detach(), far))
                 self.check_finite(loss.detach(), f"loss of layer {mixer.layer_idx}")
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             losses.append(loss.detach())
             if logs:
                 _add_share(share, mixer, seen)
 
-        hybrid: Any = self.accelerator.unwrap_model(model)
-        hybrid.get_decoder().eval()
-        arguments = {k: v for k, v in inputs.items() if k != "labels"}
         with capture(model, observer), torch.no_grad(), self.accelerator.autocast():
             run_decoder(hybrid, **arguments, use_cache=False)
         if logs:
