@@ -89,6 +89,20 @@ def test_operations_of_a_donor() -> None:
     assert found.flops == 2 * length * (2 * layer + attention // length)
 
 
+def test_objectives_that_look_at_predictions_take_two_more_passes() -> None:
+    kinds: Any = ["converted"] * 12
+    config = tiny_model().config
+
+    def flops(phase: Any, objective: str) -> float:
+        run = load_recipe("ssd", {**SMALL, "transfer": {"objectives": {objective: 1.0}}})
+        return footprint(config, run, phase, kinds, rows=2, length=64, dtype=torch.float32).flops
+
+    more = flops("transfer", "far-output") - flops("transfer", "output")
+    head = 2 * 2 * 63 * config.hidden_size * config.vocab_size  # predictions, that a donor's pass has not
+    softmax = flops("donor", "output") + head
+    assert 1.5 * softmax < more < 2.1 * softmax  # one of the two sees windows only
+
+
 def test_checkpointing_holds_less_and_computes_more() -> None:
     kinds: Any = ["converted"] * 12
     both = [
