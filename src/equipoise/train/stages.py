@@ -24,7 +24,7 @@ from equipoise.models.layout import attention_modules
 from equipoise.models.sharding import run_decoder
 from equipoise.ops import Branches
 from equipoise.train.losses import astray, finetune_loss, is_plain
-from equipoise.train.objectives import LayerTarget, WeightedSum, weighted_sum
+from equipoise.train.objectives import LayerTarget, Objective, WeightedSum, weighted_sum
 from equipoise.train.parallel import share_weights, summed
 from equipoise.train.probe import BranchProbe
 from equipoise.train.rank_trainer import TrainingDiverged
@@ -48,7 +48,7 @@ class TransferTrainer(StageTrainer):
 
     stage_name = "transfer"
 
-    def __init__(self, *args: Any, objective: WeightedSum, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._share: dict[str, float] = {}
@@ -64,7 +64,7 @@ class TransferTrainer(StageTrainer):
         hybrid.get_decoder().eval()
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
         far: Tensor | None = None
-        if self.objective.is_far:
+        if isinstance(self.objective, WeightedSum) and self.objective.is_far:
             with self.accelerator.autocast():
                 far = astray(hybrid, arguments)
 
