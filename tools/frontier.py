@@ -49,8 +49,7 @@ WINDOWS = RESULTS.with_name("frontier-windows.json")
 MOVES, SHARE, SMALL, SHARE_OF_SMALL = 400, 0.12, 24, 0.25
 """Measurements by which windows are improved, the rivals' and ours; share of bytes for linear branches, and a
 larger one for budgets of so few tokens, where a single head weighs more."""
-SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-LONG_SIZES = (384, 512, 768)
+SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 SINKS = 4
 """Of every window."""
 STEPS = 800
@@ -134,7 +133,7 @@ def loaded(at: Setting) -> PreTrainedModel:
 def moved(at: Setting, *, by_head: bool) -> HybridConfig:
     """The same bytes moved between layers or heads: shared by worth, then improved by moves."""
     each = at.kv_heads if by_head else 1
-    sizes = [size for size in (*SIZES, *LONG_SIZES) if size in SIZES or size < at.length]
+    sizes = [size for size in SIZES if size < at.length]
 
     def search() -> list[list[int]]:
         model: Any = hybridize(loaded(at), even(at.tokens), check=False)

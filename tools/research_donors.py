@@ -24,16 +24,14 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoConfig, LlamaForCausalLM, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import AutoConfig, LlamaForCausalLM, set_seed
 
 from equipoise import __version__
 from equipoise.data.sources import load_documents
 from equipoise.data.token_cache import default_cache_dir
-from equipoise.demo_donor import DonorSettings, MuonAndAdamW, cached_donor, train_donor, train_tokenizer
+from equipoise.demo_donor import DonorSettings, cached_donor, train_donor, train_tokenizer
 from equipoise.files import move_directory, write_text
-from equipoise.recall_donor import PairText, WeightedTrainer, loss_weights, pair_text
-from equipoise.train.progress import ProgressReport
+from equipoise.recall_donor import PairText, loss_weights, pair_text, train_in_order
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 WORDS, LONGEST = 64, 2048
@@ -120,11 +118,9 @@ def source_of(name: str) -> str:
     return str(docstrings()) if DONORS[name].text == "docstrings" else DONORS[name].text
 
 
-def donor_text(name: str, place: Path, *, split: str, seed: int, length: int, **shape: Any) -> PairText:
+def donor_text(name: str, place: Path, *, split: str, seed: int, length: int) -> PairText:
     """Texts in a donor's tokens."""
-    return pair_text(
-        place, split=split, seed=seed, source=source_of(name), words=WORDS, length=length, **shape
-    )
+    return pair_text(place, split=split, seed=seed, source=source_of(name), words=WORDS, length=length)
 
 
 class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -202,24 +198,14 @@ def _continued(name: str, base: Path, console: Console) -> tuple[LlamaForCausalL
     texts = donor_text(name, base, split="train", seed=donor.seed, length=LONGEST)
     model.resize_token_embeddings(len(texts.tokenizer), mean_resizing=False)
     batches = _Batches(texts, donor)
-    arguments = TrainingArguments(
-        output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=len(batches),
-        per_device_train_batch_size=1, learning_rate=donor.learning_rate,
-        lr_scheduler_type="warmup_stable_decay", warmup_steps=10,
-        lr_scheduler_kwargs={"num_decay_steps": len(batches) // 2}, max_grad_norm=1.0,
-        use_cpu=not torch.cuda.is_available(), seed=donor.seed, remove_unused_columns=False, report_to=[],
-        disable_tqdm=True, save_strategy="no", logging_steps=10, dataloader_pin_memory=False,
-    )  # fmt: skip
     rates = replace(
         donor.base, learning_rate=donor.learning_rate, embedding_learning_rate=donor.embedding_learning_rate
     )
-    trainer = WeightedTrainer(
-        model, arguments, train_dataset=batches, data_collator=_as_it_is,
-        callbacks=[ProgressReport(console, f"donor {name}")], optimizers=(MuonAndAdamW(model, rates), None),
+    trained = train_in_order(
+        model, batches, rates, console, name=f"donor {name}", steps=len(batches), batch_size=1,
+        seed=donor.seed, collator=_as_it_is,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return model.eval(), texts
+    return trained, texts
 
 
 @app.command()

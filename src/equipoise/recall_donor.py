@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -272,22 +273,48 @@ def continue_donor(base: Path, settings: RecallDonorSettings, console: Console) 
     model = LlamaForCausalLM.from_pretrained(base, config=config)
     texts = pair_text(base, split="train", seed=settings.seed)
     model.resize_token_embeddings(len(texts.tokenizer), mean_resizing=False)
-    rows = _Rows(texts, settings)
-    steps = settings.repeat_steps + settings.pair_steps
-    arguments = TrainingArguments(
-        output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=steps,
-        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
-        lr_scheduler_type="warmup_stable_decay", warmup_steps=10,
-        lr_scheduler_kwargs={"num_decay_steps": max(1, steps // 2)}, max_grad_norm=1.0,
-        use_cpu=not torch.cuda.is_available(), seed=settings.seed, remove_unused_columns=False, report_to=[],
-        disable_tqdm=True, save_strategy="no", logging_steps=10, dataloader_pin_memory=False,
-    )  # fmt: skip
     rates = DonorSettings(
         learning_rate=settings.learning_rate, embedding_learning_rate=settings.embedding_learning_rate
     )
-    callbacks: list[TrainerCallback] = [ProgressReport(console, "recall donor")]
+    return train_in_order(
+        model, _Rows(texts, settings), rates, console, name="recall donor",
+        steps=settings.repeat_steps + settings.pair_steps, batch_size=settings.batch_size, seed=settings.seed,
+    )  # fmt: skip
+
+
+def train_in_order(
+    model: LlamaForCausalLM,
+    rows: torch.utils.data.Dataset[dict[str, torch.Tensor]],
+    rates: DonorSettings,
+    console: Console,
+    *,
+    name: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    collator: Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = collate,
+) -> LlamaForCausalLM:
+    """Train on rows with weights, in their order, with transformers' Trainer.
+
+    Args:
+        model: to train, in place.
+        rows: items with ``input_ids`` and ``weights``, see `loss_weights`.
+        rates: the learning rates of these count.
+        console: where progress goes, under ``name``.
+        steps, batch_size, seed: of the training.
+        collator: makes a batch of items.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(default_cache_dir() / "donors" / "trainer"), max_steps=steps,
+        per_device_train_batch_size=batch_size, learning_rate=rates.learning_rate,
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=10,
+        lr_scheduler_kwargs={"num_decay_steps": max(1, steps // 2)}, max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(), seed=seed, remove_unused_columns=False, report_to=[],
+        disable_tqdm=True, save_strategy="no", logging_steps=10, dataloader_pin_memory=False,
+    )  # fmt: skip
+    callbacks: list[TrainerCallback] = [ProgressReport(console, name)]
     trainer = WeightedTrainer(
-        model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks,
+        model, arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks,
         optimizers=(MuonAndAdamW(model, rates), None),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

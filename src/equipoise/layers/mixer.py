@@ -188,8 +188,9 @@ class HybridMixer(nn.Module):
             key_maps = count if config.map_heads == "query" else kv_heads
             self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
             if config.state_update == "delta" and not feature_map.unit_length:
+                fitting = ", ".join(name for name in FEATURE_MAPS if FEATURE_MAPS[name].unit_length)
                 raise ConfigError(
-                    f"state_update delta: expected a feature map of length 1 (unit, dpfp), got "
+                    f"state_update delta: expected a feature map of length 1 ({fitting}), got "
                     f"{config.feature_map}."
                 )
             if config.write_gate != "none":

@@ -17,7 +17,7 @@ class WriteGate(nn.Module):
     Args:
         phi: the map of keys; its parameters are this module's too.
         squares: the gate sees the squares of k's elements as well, k . w + k^2 . u. Which keys are read from
-            afar shows in how long they are, along some directions, and no linear function tells that.
+            afar shows in how long they are, along some directions, which a linear function tells poorly.
     """
 
     LIMIT = 8.0
