@@ -75,6 +75,7 @@ DONORS = {
         "docstrings",
         DonorSettings(hidden_size=192, intermediate_size=512, heads=6, seed=1),
         kv_heads=3,
+        curriculum=(*CURRICULUM[:-1], Part("pairs", 140, 2, 2048)),
         seed=1,
     ),
 }

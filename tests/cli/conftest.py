@@ -73,7 +73,12 @@ def convert(cli: Cli, donor: Path, corpus: Path, tmp_path: Path) -> Cli:
     ) -> Result:
         settings = SMALL if recipe not in ("lora-only", "t2r", "hedgehog") else SMALL[:1]
         if recipe == "equipoise":  # a window of 8 in two layers pays for little
-            settings = (*settings, "allocation.smallest_window=2", "allocation.rows=2")
+            settings = (
+                *settings,
+                "allocation.smallest_window=2",
+                "allocation.rows=2",
+                "hybrid.feature_multiple=1",
+            )
         return cli(
             "convert", source, "--recipe", recipe, "--output", output or tmp_path / "out", "--data", data,
             "--max-steps", 2, *(part for setting in settings for part in ("--set", setting)), *more,
