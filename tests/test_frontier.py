@@ -122,21 +122,6 @@ def test_beyond_is_farther_than_any_control_reaches(tables: Any, tmp_path: Path,
     assert "more than 124 tokens back" in capsys.readouterr().out
 
 
-def test_large_states_alone(frontier: Any) -> None:
-    delta: dict[str, Any] = {"state_update": "delta", "feature_map": "dpfp", "linear_heads": (1,)}
-    means: dict[str, Any] = {"feature_map": "constant", "feature_dim": 1, "mixing": "calibrated"}
-    model = hybridize(tiny_model("llama"), HybridConfig(window=4, per_layer={0: means, 1: delta}))
-    first, second = mixers_of(model)
-    tokens = random_tokens(1, 12)
-    with frontier.large_alone(model):
-        assert first.mode.branches.window is True
-        assert second.mode.branches.window is False
-        alone = model(tokens).logits
-    assert second.mode.branches.window is True
-    both = model(tokens).logits
-    assert not torch.allclose(alone, both)
-
-
 def test_a_step_has_2048_tokens_whatever_the_length(texts: Any) -> None:
     rows = {length: texts.Setting(length=length).rows for length in (512, 1024, 2048)}
     assert rows == {512: 4, 1024: 2, 2048: 1}

@@ -16,8 +16,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +28,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import frontier_report
 from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
 from equipoise.files import write_text
-from equipoise.layers.mixer import AttentionMode, HybridMixer
+from equipoise.layers.mixer import AttentionMode
 from equipoise.models.allocation import allocate
 from equipoise.models.allocation.choosing import curve_of, improved, share_windows
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import linear_head_bytes
-from equipoise.ops import Branches
 from equipoise.ops.eviction import Eviction
 from equipoise.recall_donor import write_documents
 from equipoise.train.convert import convert
@@ -46,7 +44,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "frontier.jsonl"
 WINDOWS = RESULTS.with_name("frontier-windows.json")
 """Windows that a search found: it takes minutes, and every seed has the same."""
-MOVES, SHARE, SMALL, SHARE_OF_SMALL = 400, 0.12, 24, 0.25
+MOVES, SHARE, SMALL, SHARE_OF_SMALL = 400, 0.125, 24, 0.25
 """Measurements by which windows are improved, the rivals' and ours; share of bytes for linear branches, and a
 larger one for budgets of so few tokens, where a single head weighs more."""
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
@@ -76,6 +74,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "unit-maps": {"hybrid": UNIT},
     "narrow": {"hybrid": {"feature_multiple": 1}},
     "two-heads": {"allocation": {"linear_share": 2 * SHARE}},
+    "wide": {"hybrid": {"feature_multiple": 4}, "allocation": {"linear_share": 2 * SHARE}},
     "linear-writes": {"hybrid": {"write_gate": "per_token"}},
     "full-writes": {"hybrid": {"write_gate": "none"}},
     "additive": {"hybrid": ADDITIVE},
@@ -258,28 +257,6 @@ def made(
     return converted(at, settings, recipe, seed, steps, console), None
 
 
-@contextmanager
-def large_alone(model: PreTrainedModel) -> Generator[None]:
-    """Heads with a large state without their windows, all others as they are: what such states know.
-
-    Linear attention alone in every head says nothing of them where layers of means come first.
-    """
-    large = [mixer for mixer in converted_mixers(model) if not is_small(mixer)]
-    before = [mixer.mode for mixer in large]
-    try:
-        for mixer in large:
-            mixer.mode = AttentionMode(branches=Branches(window=False, reading="renormalised"))
-        yield
-    finally:
-        for mixer, mode in zip(large, before, strict=True):
-            mixer.mode = mode
-
-
-def is_small(mixer: HybridMixer) -> bool:
-    """Whether a layer has means of the past, or no linear branch at all."""
-    return mixer.config.feature_map in (None, "constant")
-
-
 def score_run(
     name: str, at: Setting, seed: int, split: Split, steps: int, console: Console
 ) -> dict[str, Any]:
@@ -306,8 +283,7 @@ def score_run(
         entry["more"] = scored(model, with_more_pairs(texts), count, state())
     if any(mixer.has_both for mixer in mixers):
         for branch in ("window", "linear"):
-            entry[branch] = scored(model, texts, count, state(branch))
-        entry["large"] = scored(model, texts, count, large_alone(model))
+            entry[f"{branch} alone"] = scored(model, texts, count, state(branch))
     return entry
 
 

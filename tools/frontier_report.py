@@ -53,7 +53,7 @@ def report(output: Path, limit: int | None = None) -> None:
         table = Table(box=None)
         for title in (
             "run", "steps", "seeds", "bytes", "windows", "NLL", "recall within", "beyond",
-            "more pairs, beyond", "window", "linear", "large alone",
+            "more pairs, beyond", "window alone", "linear alone",
         ):  # fmt: skip
             table.add_column(title, no_wrap=True)
         for (run, steps), of in sorted(runs.items()):
@@ -62,7 +62,7 @@ def report(output: Path, limit: int | None = None) -> None:
             cells += [recall(of, "both", (0, edge)), recall(of, "both", (edge, length))]
             cells += [
                 recall(of, branch, (edge, length)) if branch in of[0] else ""
-                for branch in ("more", "window", "linear", "large")
+                for branch in ("more", "window alone", "linear alone")
             ]
             table.add_row(run, str(steps), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
         console.print(table)

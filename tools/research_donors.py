@@ -75,7 +75,12 @@ DONORS = {
         "docstrings",
         DonorSettings(hidden_size=192, intermediate_size=512, heads=6, seed=1),
         kv_heads=3,
-        curriculum=(*CURRICULUM[:-1], Part("pairs", 140, 2, 2048)),
+        curriculum=(
+            Part("repeated", 240, 16, 256),
+            Part("pairs", 260, 8, 512),
+            Part("pairs", 60, 4, 1024),
+            Part("pairs", 120, 2, 2048),
+        ),
         seed=1,
     ),
 }

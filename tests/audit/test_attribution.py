@@ -10,12 +10,15 @@ import pytest
 
 from equipoise.audit.attribution import (
     HYBRID_STATES,
+    KEPT,
     READINGS,
+    Reading,
     attribute,
     check_states,
     recovered,
     recovered_difference,
 )
+from equipoise.audit.evidence import gather
 from equipoise.statistics import Draws, Estimate, ScoreTable, bootstrap, difference, estimate, score
 
 LEVELS = {
@@ -71,6 +74,25 @@ def test_shapley_values_are_efficient_and_match_the_definition(reading: str) -> 
     assert got.interaction.value == pytest.approx(
         got.window_given_linear.value - got.window_alone.value, abs=1e-14
     )
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_what_kept_layers_earn_is_no_branchs(reading: Reading) -> None:
+    draws = bootstrap(table(levels={**LEVELS, KEPT: 4.6}), resamples=50)
+    found = attribute(draws, reading)
+    earned = found.window.value + found.linear.value
+    assert math.isclose(earned, draws["both"][0] - draws[KEPT][0])
+    assert math.isclose(earned, 1.5, abs_tol=0.02)
+
+
+def test_evidence_starts_from_what_kept_layers_do() -> None:
+    whole = gather(bootstrap(table(), resamples=50))
+    partial = gather(bootstrap(table(levels={**LEVELS, KEPT: 4.6}), resamples=50))
+    assert not whole.partial
+    assert partial.partial
+    assert whole.linear_alone.value > 0.5  # (6 - 4.2) / (6 - 3)
+    assert math.isclose(partial.linear_alone.value, 0.4 / 1.6, abs_tol=0.02)  # of what was not there before
+    assert math.isclose(partial.linear_removed.value, 0.2 / 1.6, abs_tol=0.02)
 
 
 def test_efficiency_is_exact_where_the_sums_are_representable() -> None:

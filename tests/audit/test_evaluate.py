@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from equipoise.audit.attribution import UNTRAINED
+from equipoise.audit.attribution import KEPT, UNTRAINED
 from equipoise.audit.evaluate import (
     CONTROL_SINKS,
     GUARDED,
@@ -34,6 +34,7 @@ from equipoise.models.families import ConversionError
 from equipoise.models.layout import state_bytes
 from equipoise.models.storage import CheckpointError
 from equipoise.models.surgery import hybridize
+from equipoise.ops import Branches
 from equipoise.ops.transfer_loss import transfer_cross_entropy
 from support import random_tokens, tiny_model
 
@@ -232,6 +233,21 @@ class TestAudit:
     def test_model_that_is_not_converted(self) -> None:
         with pytest.raises(ConversionError, match="expected a converted model"):
             audit(tiny_model(), windows(10, 12))
+
+
+class TestBranchesInSomeHeads:
+    def test_what_is_kept_is_where_the_scale_starts(self) -> None:
+        own: dict[int, dict[str, Any]] = {0: {"feature_map": None}, 1: {"linear_heads": (1, 2)}}
+        model, texts = hybrid(per_layer=own), windows(30, 40)
+        run, table, _ = audit(model, texts)
+        with branches(model, Branches(window=False, linear=False)):
+            expected = score(model, texts, batch_size=8).nll
+        np.testing.assert_allclose(-table.sums[KEPT], expected, rtol=1e-6)
+        assert not np.allclose(table.sums[KEPT], table.sums["none"], rtol=1e-4)
+        assert run.verdict.use not in ("window_only", "linear_only")  # whatever the first layer has
+        assert "the layers and heads that keep a branch (0%)" in run.verdict.reason or (
+            "what cannot be ablated" in run.verdict.reason
+        )
 
 
 class TestOneBranch:

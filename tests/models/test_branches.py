@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equipoise import BRANCH_STATES, Branches, ConversionError, HybridConfig, branches, capture, hybridize
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
-from equipoise.models.branches import observe
+from equipoise.models.branches import keeps_branches, observe, rivals
 from equipoise.models.surgery import attention_modules
 from equipoise.registry import UnknownNameError
 from support import random_tokens, tiny_model
@@ -203,3 +203,44 @@ def test_observers_nest(model: Any, logits: Logits) -> None:
         logits(model, TOKENS)
     logits(model, TOKENS)
     assert calls == ["inner"] * 2 + ["outer"] * 2
+
+
+MEANS: dict[str, Any] = {"feature_map": "constant", "feature_dim": 1, "mixing": "calibrated"}
+LOOKUPS: dict[str, Any] = {"state_update": "delta", "feature_map": "dpfp", "linear_heads": (1,)}
+
+
+def of_layers(*layers: dict[str, Any]) -> Any:
+    return hybridize(tiny_model("llama"), HybridConfig(window=4, per_layer=dict(enumerate(layers))))
+
+
+class TestMeansOfThePast:
+    @pytest.mark.parametrize(
+        ("state", "means", "lookups"),
+        [
+            ("linear", (True, True), (False, True)),
+            ("window", (True, False), (True, False)),
+            (Branches(window=False, linear=False), (True, False), (False, False)),
+            ("both", (True, True), (True, True)),
+        ],
+    )
+    def test_they_keep_their_window_beside_lookups(
+        self, state: Any, means: tuple[bool, bool], lookups: tuple[bool, bool]
+    ) -> None:
+        model = of_layers(MEANS, LOOKUPS)
+        with branches(model, state):
+            modes = [mixer.mode.branches for mixer in mixers_of(model)]
+        assert [(mode.window, mode.linear) for mode in modes] == [means, lookups]
+        assert keeps_branches(model)
+
+    def test_alone_they_are_ablated_like_any(self) -> None:
+        model = of_layers(MEANS, MEANS)
+        with branches(model, "linear"):
+            assert [mixer.mode.branches.window for mixer in mixers_of(model)] == [False, False]
+        assert rivals(mixers_of(model)) == mixers_of(model)
+        assert not keeps_branches(model)
+
+    def test_heads_without_a_linear_branch_are_kept_too(self) -> None:
+        assert keeps_branches(of_layers(LOOKUPS, LOOKUPS))
+        assert keeps_branches(of_layers({"feature_map": None}, {}))
+        assert not keeps_branches(of_layers({}, {}))
+        assert not keeps_branches(of_layers({"feature_map": None}, {"feature_map": None}))

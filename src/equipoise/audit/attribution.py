@@ -26,6 +26,9 @@ READINGS: tuple[Reading, ...] = get_args(Reading)
 DONOR = "softmax"
 UNTRAINED = "linear_untrained"
 """The linear branch alone (renormalised) with its maps as they were before training: optional."""
+KEPT = "kept"
+"""Neither branch where the two can be told apart, and the layers and heads that keep a branch in any ablation
+as they are: scored where there are such."""
 HYBRID_STATES = ("both", "window", "linear", "none", "sinks", "window_renormalised", "linear_renormalised")
 
 
@@ -34,7 +37,7 @@ class BranchAttribution:
     """Shapley values of the two branches in one reading, and what they average; the metric's unit, but for
     the share.
 
-    `window` and `linear` are the Shapley values (Shapley 1953) and add up to v(both) - v(none). Each is the
+    `window` and `linear` are the Shapley values (Shapley 1953) and add up to v(both) - v(none), none being `empty`. Each is the
     mean of two marginals, which can disagree: a branch that is used but useless alone, or two that are
     redundant. `interaction` v(both) - v(window) - v(linear) + v(none) is negative for redundant branches,
     positive for branches that need each other. `linear_share` is linear / (window + linear), undefined where
@@ -74,19 +77,25 @@ def recovered(draws: Draws, state: str) -> Estimate:
     return recovered_difference(draws, state, "none")
 
 
-def recovered_difference(draws: Draws, state: str, other: str) -> Estimate:
-    """recovered(state) - recovered(other), paired; 1 is the whole way from no attention to the donor."""
-    return estimate(_ratio(draws[state] - draws[other], draws[DONOR] - draws["none"]))
+def recovered_difference(draws: Draws, state: str, other: str, *, zero: str = "none") -> Estimate:
+    """recovered(state) - recovered(other), paired; 1 is the whole way from ``zero`` to the donor."""
+    return estimate(_ratio(draws[state] - draws[other], draws[DONOR] - draws[zero]))
+
+
+def empty(draws: Draws) -> str:
+    """The state that both branches are switched off in: `KEPT` where it was scored, else no attention."""
+    return KEPT if KEPT in draws.scores else "none"
 
 
 def attribute(draws: Draws, reading: Reading) -> BranchAttribution:
     """Branch attribution of one reading: two-player Shapley values of v over {window, linear}.
 
     linear = 1/2 [(v(linear) - v(none)) + (v(both) - v(window))], window likewise (Shapley 1953, with the
-    branch states of arXiv 2510.05901 as coalitions).
+    branch states of arXiv 2510.05901 as coalitions). Where layers or heads keep a branch in any ablation,
+    neither branch is `KEPT`: what they earn is nobody's.
     """
     suffix = "" if reading == "literal" else f"_{reading}"
-    both, none = draws["both"], draws["none"]
+    both, none = draws["both"], draws[empty(draws)]
     window_state, linear_state = draws[f"window{suffix}"], draws[f"linear{suffix}"]
     window_alone, linear_alone = window_state - none, linear_state - none
     window_given_linear, linear_given_window = both - linear_state, both - window_state

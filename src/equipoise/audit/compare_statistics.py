@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from equipoise.audit.attribution import DONOR, UNTRAINED
+from equipoise.audit.attribution import DONOR, UNTRAINED, empty
 from equipoise.audit.report import CONTROL
 from equipoise.statistics import Draws, Estimate, Floats, ScoreTable, bootstrap, estimate
 
@@ -61,7 +61,7 @@ def _recovered(state: str) -> Callable[[Draws], Floats]:
 
 def _linear_share(draws: Draws) -> Floats:
     """The linear branch's Shapley value over both branches', renormalised (`equipoise.audit.attribution`)."""
-    both, none = draws["both"], draws["none"]
+    both, none = draws["both"], draws[empty(draws)]
     window, linear = draws["window_renormalised"], draws["linear_renormalised"]
     return _ratio(0.5 * ((linear - none) + (both - window)), both - none)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from equipoise.audit.attribution import DONOR, UNTRAINED
+from equipoise.audit.attribution import DONOR, KEPT, UNTRAINED
 from equipoise.audit.report import (
     CONTROL,
     REFERENCE,
@@ -32,9 +32,10 @@ from equipoise.layers.guards import STATE_LIMIT, NumericalGuard, add_sums
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import adapters_disabled, has_adapters
-from equipoise.models.branches import branches, converted_mixers, observe
+from equipoise.models.branches import branches, converted_mixers, keeps_branches, observe
 from equipoise.models.layout import equal_window, reach, report_layers, state_bytes
 from equipoise.models.storage import CheckpointError
+from equipoise.ops import Branches
 from equipoise.ops.types import Reading
 from equipoise.statistics import Estimate, ScoreTable, bootstrap, difference
 
@@ -212,7 +213,8 @@ def audit_model(
     Raises:
         ConversionError: the model is not converted, or the donor cannot be run from it.
     """
-    config = converted_mixers(model)[0].config
+    configs = [mixer.config for mixer in converted_mixers(model)]
+    has_linear = any(config.feature_map is not None for config in configs)
     setting, beyond, reason = _control(model, max(len(w.input_ids) for w in windows))
 
     def run(context: AbstractContextManager[None]) -> DocumentScores:
@@ -223,9 +225,11 @@ def audit_model(
         name: donor if donor is not None and name == DONOR else run(branches(model, state, reading=reading))
         for name, (state, reading) in STATES.items()
     }
+    if keeps_branches(model):
+        scores[KEPT] = run(branches(model, Branches(window=False, linear=False)))
     if has_adapters(model):
         scores["softmax_lora"] = run(branches(model, "softmax_lora"))
-    if config.feature_map is not None:
+    if has_linear:
         with untrained_maps(model, note.seed):
             scores[UNTRAINED] = run(branches(model, "linear", reading="renormalised"))
     with adapters_disabled(model):
@@ -237,8 +241,8 @@ def audit_model(
     scores |= {REFERENCE + reference.name: reference.scores for reference in references}
     table = ScoreTable.from_nll({name: s.nll for name, s in scores.items()}, scores["both"].tokens)
     audit = audit_run(
-        table, recipe=note.recipe, seed=note.seed, has_window=config.window is not None,
-        has_linear=config.feature_map is not None, facts=_facts(model, note, windows), control=setting,
+        table, recipe=note.recipe, seed=note.seed,
+        has_window=any(config.window is not None for config in configs), has_linear=has_linear, facts=_facts(model, note, windows), control=setting,
         benefit_difference=benefit, benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
         references={reference.name: reference.train_tokens for reference in references},
     )  # fmt: skip

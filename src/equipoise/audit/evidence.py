@@ -1,13 +1,14 @@
 """What the use-verdict rests on: the evidence measured, and the thresholds it is held against.
 
-All shares live on the recovered scale: 0 is the model without attention, 1 is the donor.
+All shares live on the recovered scale: 0 is the model without attention, 1 is the donor. Where layers or heads
+keep a branch whatever is ablated, 0 is what they do by themselves (docs/adr/0032).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from equipoise.audit.attribution import UNTRAINED, recovered, recovered_difference
+from equipoise.audit.attribution import KEPT, UNTRAINED, empty, recovered_difference
 from equipoise.statistics import Draws, Estimate
 
 
@@ -68,6 +69,7 @@ class Evidence:
         window_removed: both - linear (literal).
         linear_live: what the linear branch alone recovers beyond no attention, or beyond the same branch with
             untrained maps where those were scored and recover anything (docs/adr/0006).
+        partial: whether some layers or heads keep a branch whatever is ablated, and 0 is what they do.
         control_adds: the hybrid minus the untrained window with sinks at equal state bytes, on the same text,
             if it was measured. It flavours the advice; benefit is decided beyond both reaches only.
     """
@@ -80,22 +82,29 @@ class Evidence:
     linear_removed: Estimate
     window_removed: Estimate
     linear_live: Estimate
+    partial: bool = False
     control_adds: Estimate | None = None
 
 
 def gather(draws: Draws, *, control: str | None = None) -> Evidence:
     """The evidence in bootstrap draws; `control` names the control's state, if it was measured."""
-    live = recovered(draws, "linear_renormalised")
-    if UNTRAINED in draws.scores and recovered(draws, UNTRAINED).value > 0:
-        live = recovered_difference(draws, "linear_renormalised", UNTRAINED)
+    zero = empty(draws)
+
+    def more(state: str, other: str = zero) -> Estimate:
+        return recovered_difference(draws, state, other, zero=zero)
+
+    live = more("linear_renormalised")
+    if UNTRAINED in draws.scores and more(UNTRAINED).value > 0:
+        live = more("linear_renormalised", UNTRAINED)
     return Evidence(
         linear_live=live,
-        both=recovered(draws, "both"),
-        window_alone=recovered(draws, "window_renormalised"),
-        linear_alone=recovered(draws, "linear_renormalised"),
-        linear_adds=recovered_difference(draws, "both", "window_renormalised"),
-        window_adds=recovered_difference(draws, "both", "linear_renormalised"),
-        linear_removed=recovered_difference(draws, "both", "window"),
-        window_removed=recovered_difference(draws, "both", "linear"),
-        control_adds=None if control is None else recovered_difference(draws, "both", control),
+        both=more("both"),
+        window_alone=more("window_renormalised"),
+        linear_alone=more("linear_renormalised"),
+        linear_adds=more("both", "window_renormalised"),
+        window_adds=more("both", "linear_renormalised"),
+        linear_removed=more("both", "window"),
+        window_removed=more("both", "linear"),
+        partial=zero == KEPT,
+        control_adds=None if control is None else more("both", control),
     )

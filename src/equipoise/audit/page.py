@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from equipoise.audit.attribution import UNTRAINED
+from equipoise.audit.attribution import KEPT, UNTRAINED
 from equipoise.audit.plots import MANY, attribution_chart, recovered_chart
 from equipoise.audit.render import headline, run_labels, summary, verdict_words
 from equipoise.pages import (
@@ -38,6 +38,7 @@ STATES: Mapping[str, tuple[str, str]] = {
     "linear": ("linear", "literal"),
     UNTRAINED: ("linear, untrained maps", "renormalised"),
     "sinks": ("first 8 tokens only", ""),
+    KEPT: ("what keeps a branch in every state", ""),
     "none": ("no attention", ""),
     "softmax_lora": ("the donor's softmax under this run's LoRA", ""),
 }
@@ -46,9 +47,9 @@ _PARTS = {
     "window": "window, Shapley value",
     "linear": "linear, Shapley value",
     "interaction": "interaction",
-    "window_alone": "window on its own, over no attention",
+    "window_alone": "window on its own, over neither",
     "window_given_linear": "window on top of the linear branch",
-    "linear_alone": "linear on its own, over no attention",
+    "linear_alone": "linear on its own, over neither",
     "linear_given_window": "linear on top of the window",
     "linear_share": "linear share",
 }
@@ -245,6 +246,11 @@ Branches and states
 A converted layer adds a sliding window of exact attention and a linear branch with a fixed-size state. A
 state is the model with some of this switched off. None switches off all attention; the donor is the
 original model.
+
+What keeps a branch in every state
+Layers and heads with a window alone keep it while others are ablated, and so do layers whose linear branch is
+a mean of the past, which cannot stand alone. Where there are such, verdict and shares start from what they do by
+themselves, with neither branch anywhere else; means of the past count with the linear branch.
 
 Literal and renormalised
 Literal zeroes one branch's term and leaves the other at the weight it has in the hybrid. Renormalised lets

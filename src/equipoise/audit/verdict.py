@@ -1,6 +1,7 @@
 """The verdict on a hybrid: which branch does the work, whether the linear one pays, what to try next.
 
-All use-thresholds live on the recovered scale: 0 is the model without attention, 1 is the donor. "Alone"
+All use-thresholds live on the recovered scale: 0 is the model without attention, 1 is the donor; where layers
+or heads keep a branch in any ablation, 0 is the model with nothing but these. "Alone"
 without a word is the renormalised reading (the branch at weight 1), "removed" is the literal reading (the
 other branch keeps the weight it has in the hybrid). Both are needed: failing alone is no proof of being
 unused, and standing alone is no proof of being used.
@@ -129,9 +130,8 @@ def decide_use(
     if not (has_window and has_linear):
         return (*_one_branch(has_window=has_window, has_linear=has_linear), None)
     if not all(part.defined for part in (evidence.both, evidence.window_alone, evidence.linear_alone)):
-        reason = (
-            "Recovered performance is undefined: the donor does not clearly beat the model without attention."
-        )
+        less = "what cannot be ablated" if evidence.partial else "the model without attention"
+        reason = f"Recovered performance is undefined: the donor does not clearly beat {less}."
         return "inconclusive", reason, None
     facts = _facts(evidence)
     if _window_better(evidence, thresholds).answer == "yes":
@@ -322,8 +322,9 @@ def _facts(evidence: Evidence) -> str:
     both, window, linear = (
         _percent(part) for part in (evidence.both, evidence.window_alone, evidence.linear_alone)
     )
+    nothing = "the layers and heads that keep a branch (0%)" if evidence.partial else "no attention (0%)"
     return (
-        f"Between no attention (0%) and the donor (100%), both branches recover {both}, the window alone "
+        f"Between {nothing} and the donor (100%), both branches recover {both}, the window alone "
         f"{window}, the linear branch alone {linear}{_beside_untrained(evidence)}."
     )
 

@@ -221,6 +221,11 @@ class HybridMixer(nn.Module):
         """Whether the layer has a window and a linear branch."""
         return self.config.window is not None and self.config.feature_map is not None
 
+    @property
+    def summarises(self) -> bool:
+        """Whether the linear branch is a mean of the past, which no query asks anything of (map `constant`)."""
+        return self.config.feature_map == "constant"
+
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
         """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T].
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 from torch import nn
 
@@ -60,7 +61,9 @@ def branches(
     """Run a converted model in one branch state for the time of the block.
 
     Layers that were not converted keep their own attention, and layers (or heads) that were given one branch
-    only keep it while others are ablated. Caches belong to the state they were made in.
+    only keep it while others are ablated. Where some layers look things up, those whose linear branch is a
+    mean of the past (map `constant`) keep their window in every state: a mean cannot stand alone, and asked
+    to it would hide what the others know (docs/adr/0032). Caches belong to the state they were made in.
 
     Args:
         model: a converted model, also inside wrappers.
@@ -92,12 +95,40 @@ def branches(
                 mixer.mode = old
 
 
+def rivals(mixers: Sequence[HybridMixer]) -> list[HybridMixer]:
+    """The layers in which one branch can be told from the other: with both, and a linear branch that looks
+    things up. Where there are only means of the past, those."""
+    both = [mixer for mixer in mixers if mixer.has_both]
+    return [mixer for mixer in both if not mixer.summarises] or both
+
+
+def keeps_branches(model: nn.Module) -> bool:
+    """Whether some layer or head of a hybrid keeps a branch whatever is ablated in the others.
+
+    Raises:
+        ConversionError: the model is not converted.
+    """
+    mixers = converted_mixers(model)
+    rivalling = rivals(mixers)
+    if not rivalling:
+        return False
+    return len(rivalling) < len(mixers) or any(len(m.linear_indices) < m.heads for m in rivalling)
+
+
 def _modes(mixers: list[HybridMixer], mode: AttentionMode) -> list[AttentionMode]:
-    """The mode of each layer: where some have both branches, those with one keep it in any ablation."""
-    if mode.kind != "hybrid" or not any(mixer.has_both for mixer in mixers):
+    """The mode of each layer: where some have two branches to tell apart, the others keep what they have."""
+    rivalling = set(rivals(mixers))
+    if mode.kind != "hybrid" or not rivalling:
         return [mode] * len(mixers)
-    alone = AttentionMode("hybrid", window=mode.window)
-    return [mode if mixer.has_both else alone for mixer in mixers]
+    whole = AttentionMode("hybrid", window=mode.window)
+    window = AttentionMode("hybrid", replace(mode.branches, window=True), window=mode.window)
+
+    def of(mixer: HybridMixer) -> AttentionMode:
+        if mixer in rivalling:
+            return mode
+        return window if mixer.has_both else whole
+
+    return [of(mixer) for mixer in mixers]
 
 
 def _merged(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from equipoise.layers.guards import NumericalGuard, add_sums, guard_results
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
 from equipoise.models.adapters import add_lora
-from equipoise.models.branches import capture
+from equipoise.models.branches import capture, rivals
 from equipoise.models.layout import attention_modules
 from equipoise.models.sharding import run_decoder
 from equipoise.ops import Branches
@@ -172,10 +172,10 @@ class FinetuneTrainer(StageTrainer):
         step, total = self.state.global_step, self.state.max_steps
         settings, dropout = self.settings, self.settings.window_dropout
         window = None if settings.window_sizes is None else window_size(settings.window_sizes, step, total)
-        before = [mixer.mode for mixer in mixers]
+        before, rivalling = [mixer.mode for mixer in mixers], set(rivals(mixers))
         for mixer in mixers:
             branches = Branches()
-            if dropout is not None and mixer.has_both:
+            if dropout is not None and mixer in rivalling:
                 kept = draw_window_dropout(
                     window_dropout_probability(dropout.probabilities, step, total), batch_size=batch_size,
                     heads=mixer.heads, per=dropout.per, seed=int(self.args.seed), step=step,
