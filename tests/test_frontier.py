@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from equipoise import HybridConfig, hybridize
-from equipoise.layers.interface import mixers_of
 from equipoise.train.recipes import load_recipe
-from support import load_tool, random_tokens, tiny_model
+from support import load_tool
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

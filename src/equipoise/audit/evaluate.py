@@ -242,8 +242,9 @@ def audit_model(
     table = ScoreTable.from_nll({name: s.nll for name, s in scores.items()}, scores["both"].tokens)
     audit = audit_run(
         table, recipe=note.recipe, seed=note.seed,
-        has_window=any(config.window is not None for config in configs), has_linear=has_linear, facts=_facts(model, note, windows), control=setting,
-        benefit_difference=benefit, benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
+        has_window=any(config.window is not None for config in configs), has_linear=has_linear,
+        facts=_facts(model, note, windows), control=setting, benefit_difference=benefit, benefit_reason=reason,
+        resamples=resamples, bootstrap_seed=seed,
         references={reference.name: reference.train_tokens for reference in references},
     )  # fmt: skip
     return audit, table, scores[DONOR]

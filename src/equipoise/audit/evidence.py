@@ -1,7 +1,7 @@
 """What the use-verdict rests on: the evidence measured, and the thresholds it is held against.
 
-All shares live on the recovered scale: 0 is the model without attention, 1 is the donor. Where layers or heads
-keep a branch whatever is ablated, 0 is what they do by themselves (docs/adr/0032).
+All shares live on the recovered scale: 0 is the model without attention, 1 is the donor. Where layers or
+heads keep a branch whatever is ablated, 0 is what they do by themselves (docs/adr/0032).
 """
 
 from __future__ import annotations

@@ -249,8 +249,8 @@ original model.
 
 What keeps a branch in every state
 Layers and heads with a window alone keep it while others are ablated, and so do layers whose linear branch is
-a mean of the past, which cannot stand alone. Where there are such, verdict and shares start from what they do by
-themselves, with neither branch anywhere else; means of the past count with the linear branch.
+a mean of the past, which cannot stand alone. Where there are such, verdict and shares start from what they do
+by themselves, with neither branch anywhere else; means of the past count with the linear branch.
 
 Literal and renormalised
 Literal zeroes one branch's term and leaves the other at the weight it has in the hybrid. Renormalised lets

@@ -223,7 +223,7 @@ class HybridMixer(nn.Module):
 
     @property
     def summarises(self) -> bool:
-        """Whether the linear branch is a mean of the past, which no query asks anything of (map `constant`)."""
+        """Whether the linear branch is a mean of the past, of which queries ask nothing (map `constant`)."""
         return self.config.feature_map == "constant"
 
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
