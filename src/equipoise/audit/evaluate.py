@@ -243,8 +243,8 @@ def audit_model(
     audit = audit_run(
         table, recipe=note.recipe, seed=note.seed,
         has_window=any(config.window is not None for config in configs), has_linear=has_linear,
-        facts=_facts(model, note, windows), control=setting, benefit_difference=benefit, benefit_reason=reason,
-        resamples=resamples, bootstrap_seed=seed,
+        facts=_facts(model, note, windows), control=setting, benefit_difference=benefit,
+        benefit_reason=reason, resamples=resamples, bootstrap_seed=seed,
         references={reference.name: reference.train_tokens for reference in references},
     )  # fmt: skip
     return audit, table, scores[DONOR]
