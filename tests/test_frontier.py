@@ -77,13 +77,14 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
 def test_recall_counts_answers_in_a_span(tables: Any) -> None:
     texts = [[(10, 1), (200, 0), (300, 1)], [(200, 1)]]
     entries = [{"both": {"answers": texts}}, {"both": {"answers": texts}}]
-    assert tables.recall(entries, "both", (124, 512)).startswith("0.667 [")
-    assert tables.recall(entries, "both", (0, 124)) == "1.000 [0.000, 1.000]"
+    assert tables.recall(entries, "both", (124, 512))[0] == pytest.approx(2 / 3)
+    assert tables.recall(entries, "both", (0, 124)) == (1.0, 0.0, 1.0)
+    assert tables.in_words((1.0, 0.0, 1.0)) == "1.000 [0.000, 1.000]"
 
 
 def test_interval_is_of_the_mean(tables: Any) -> None:
     values = np.random.default_rng(0).normal(3.0, 0.5, (1, 400)).repeat(3, 0).tolist()
-    mean, low, high = (float(part.strip("[],")) for part in tables.interval(values).split())
+    mean, low, high = tables.interval(values)
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.2)
 
@@ -141,3 +142,44 @@ def test_longer_texts_and_more_pairs_come_later_in_a_donors_curriculum() -> None
     grouped = donors.DONORS["docstrings"]
     assert grouped.base.heads == 2 * grouped.kv_heads
     assert grouped.base.hidden_size != donors.DONORS["source"].base.hidden_size
+
+
+class TestFigure:
+    ABOUT: dict[str, Any] = {"donor": "a", "name": "source", "split": "search", "length": 2048, "seed": 0}
+
+    def results(self, place: Path) -> Path:
+        answers = [[(100, 1), (300, 0), (900, 1)]] * 2
+
+        def line(run: str, tokens: int, reach: int | None, nll: float, steps: int = 600) -> str:
+            both = {"nll": [nll, nll + 1], "answers": answers}
+            sizes = {"tokens": tokens, "bytes": 1024 * tokens, "reach": reach, "steps": steps}
+            return json.dumps({**self.ABOUT, "run": run, "both": both, **sizes, "windows": [8]})
+
+        lines = [
+            line("donor", 20, None, 2.0), line("equipoise", 20, None, 2.2), line("even", 20, 100, 2.5),
+            line("equipoise", 68, None, 2.1), line("moved-heads:tuned", 68, 500, 2.1, 300),
+            line("moved-heads:tuned", 68, 500, 2.1), line("an-ablation", 68, None, 9.0),
+        ]  # fmt: skip
+        place.write_text("\n".join(lines) + "\n")
+        return place
+
+    def test_budgets_of_a_run_are_one_line(self, tmp_path: Path) -> None:
+        figures: Any = tool("frontier_figure")
+        place = self.results(tmp_path / "results.jsonl")
+        found, donor, edge = figures.points(place, "source", 2048, "search", 600)
+        assert {run: [size for size, _ in of] for run, of in found.items()} == {
+            "equipoise": [20 * 1024, 68 * 1024], "even": [20 * 1024], "moved-heads:tuned": [68 * 1024],
+        }  # fmt: skip
+        assert len(donor) == 1
+        assert edge == 500  # of any budget: beyond is one distance in one figure
+        drawn = figures.draw(found, donor, edge, 2048)
+        recalled, lost = ({one.get_label(): one[0] for one in axes.containers} for axes in drawn.axes)
+        assert len(recalled) == len(lost) == len(found)
+        np.testing.assert_allclose(lost["equipoise"].get_ydata(), [0.2, 0.1])
+        np.testing.assert_allclose(recalled["equipoise"].get_ydata(), [1.0, 1.0])  # of 900, not of 300
+
+    def test_nothing_is_drawn_of_a_donor_without_results(self, tmp_path: Path) -> None:
+        figures: Any = tool("frontier_figure")
+        place = self.results(tmp_path / "results.jsonl")
+        figures.main(length=2048, limit=None, donor=None, results=place, output=tmp_path)
+        assert [path.name for path in tmp_path.glob("*.svg")] == ["frontier-source-2048.svg"]

@@ -14,6 +14,8 @@ from rich.table import Table
 Entry = dict[str, Any]
 Group = tuple[str, str, int, str, int]
 """Of what can be compared: donor and its weights, length of texts, split, budget."""
+Bounds = tuple[float, float, float]
+"""A mean and its interval."""
 RESAMPLES = 2000
 
 
@@ -58,10 +60,10 @@ def report(output: Path, limit: int | None = None) -> None:
             table.add_column(title, no_wrap=True)
         for (run, steps), of in sorted(runs.items()):
             windows = " ".join(map(shown, of[0]["windows"])) if run != "donor" else ""
-            cells = [interval([entry["both"]["nll"] for entry in of])]
-            cells += [recall(of, "both", (0, edge)), recall(of, "both", (edge, length))]
+            cells = [in_words(interval([entry["both"]["nll"] for entry in of]))]
+            cells += [in_words(recall(of, "both", span)) for span in ((0, edge), (edge, length))]
             cells += [
-                recall(of, branch, (edge, length)) if branch in of[0] else ""
+                in_words(recall(of, branch, (edge, length))) if branch in of[0] else ""
                 for branch in ("more", "window alone", "linear alone")
             ]
             table.add_row(run, str(steps), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
@@ -80,7 +82,7 @@ def against(output: Path, rival: str) -> None:
                 # seeds of two runs have nothing in common
                 apart = np.array([entry["both"]["nll"] for entry in of]) - np.array(others).mean(0)
                 counts = (str(length), split, str(tokens), run, str(steps), str(len(of)))
-                table.add_row(name, *counts, interval(apart.tolist()))
+                table.add_row(name, *counts, in_words(interval(apart.tolist())))
     Console(width=160).print(table)
 
 
@@ -89,8 +91,14 @@ def shown(windows: int | list[int]) -> str:
     return str(windows) if isinstance(windows, int) else "/".join(map(str, windows))
 
 
-def interval(values: Sequence[Sequence[float]]) -> str:
-    """Mean of [seeds][texts], and its interval."""
+def in_words(values: Bounds) -> str:
+    """A mean and its interval."""
+    mean, low, high = values
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def interval(values: Sequence[Sequence[float]]) -> Bounds:
+    """Mean of [seeds][texts], and its 95% bootstrap interval over both."""
     whole = np.array(values)
     generator = np.random.default_rng(0)
     draws = [
@@ -100,10 +108,10 @@ def interval(values: Sequence[Sequence[float]]) -> str:
         for _ in range(RESAMPLES)
     ]
     low, high = np.quantile(draws, (0.025, 0.975))
-    return f"{whole.mean():.3f} [{low:.3f}, {high:.3f}]"
+    return float(whole.mean()), float(low), float(high)
 
 
-def recall(entries: Sequence[Entry], state: str, span: tuple[int, int]) -> str:
+def recall(entries: Sequence[Entry], state: str, span: tuple[int, int]) -> Bounds:
     """Share of answers that are right at these distances, and its interval over texts and seeds."""
     counts = np.array(
         [
@@ -126,4 +134,4 @@ def recall(entries: Sequence[Entry], state: str, span: tuple[int, int]) -> str:
         draws.append(float(right / max(1, all_)))
     right, all_ = counts.sum((0, 1))
     low, high = np.quantile(draws, (0.025, 0.975))
-    return f"{right / max(1, all_):.3f} [{low:.3f}, {high:.3f}]"
+    return float(right / max(1, all_)), float(low), float(high)

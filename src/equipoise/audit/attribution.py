@@ -39,9 +39,10 @@ class BranchAttribution:
 
     `window` and `linear` are the Shapley values (Shapley 1953) and add up to v(both) - v(none), none being
     the state of `empty`. Each is the mean of two marginals, which can disagree: a branch that is used but
-    useless alone, or two that are redundant. `interaction` v(both) - v(window) - v(linear) + v(none) is negative for redundant branches,
-    positive for branches that need each other. `linear_share` is linear / (window + linear), undefined where
-    the hybrid does not beat no attention; it leaves 0..1 where a branch does harm.
+    useless alone, or two that are redundant. `interaction` v(both) - v(window) - v(linear) + v(none) is
+    negative for redundant branches, positive for branches that need each other. `linear_share` is linear /
+    (window + linear), undefined where the hybrid does not beat the state of `empty`; it leaves
+    0..1 where a branch does harm.
     """
 
     window: Estimate
