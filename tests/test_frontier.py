@@ -175,8 +175,10 @@ class TestFigure:
         drawn = figures.draw(found, donor, edge, 2048)
         recalled, lost = ({one.get_label(): one[0] for one in axes.containers} for axes in drawn.axes)
         assert len(recalled) == len(lost) == len(found)
-        np.testing.assert_allclose(lost["equipoise"].get_ydata(), [0.2, 0.1])
-        np.testing.assert_allclose(recalled["equipoise"].get_ydata(), [1.0, 1.0])  # of 900, not of 300
+        np.testing.assert_allclose(np.asarray(lost["equipoise"].get_ydata(), float), [0.2, 0.1])
+        np.testing.assert_allclose(
+            np.asarray(recalled["equipoise"].get_ydata(), float), [1.0, 1.0]
+        )  # of 900, not of 300
 
     def test_nothing_is_drawn_of_a_donor_without_results(self, tmp_path: Path) -> None:
         figures: Any = tool("frontier_figure")
