@@ -258,11 +258,16 @@ def made(
 
 
 def score_run(
-    name: str, at: Setting, seed: int, split: Split, steps: int, console: Console
+    name: str,
+    at: Setting,
+    seed: int,
+    split: Split,
+    steps: int,
+    model: PreTrainedModel,
+    mode: AttentionMode | str | None,
 ) -> dict[str, Any]:
     """One line of results."""
     texts, count = at.draw(split), at.texts
-    model, mode = made(name, at, seed, steps, console)
 
     def state(branch: str | None = None) -> Any:
         if branch is not None:
@@ -307,12 +312,16 @@ def run(
     split: Annotated[str, typer.Option(help="search or test.")] = "search",
     steps: Annotated[int, typer.Option(help="Of all stages together.")] = STEPS,
     output: Path = RESULTS,
+    keep: Annotated[Path | None, typer.Option(help="Save the model here as well.")] = None,
 ) -> None:
     """Make one model, score it, and append a line to the results."""
     if split not in ("search", "test"):
         raise typer.BadParameter(f"expected search or test, got {split!r}.", param_hint="--split")
     at = Setting(donor, length, tokens)
-    entry = score_run(name, at, seed, split, steps, Console(stderr=True))
+    model, mode = made(name, at, seed, steps, Console(stderr=True))
+    if keep is not None:
+        model.save_pretrained(keep)
+    entry = score_run(name, at, seed, split, steps, model, mode)
     with output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
     frontier_report.report(output)
