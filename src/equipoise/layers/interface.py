@@ -83,7 +83,7 @@ def equipoise_attention(
 
 def _converted(mixer: HybridMixer, inputs: LayerInputs, layer: object) -> Tensor:
     mode = mixer.mode
-    if mode.kind in ("blend", "evicting") and layer is not None:
+    if mode.of_whole_texts and layer is not None:
         raise CacheError(f"mode {mode.kind!r} measures whole texts and keeps no cache: pass use_cache=False.")
     if mode.kind == "blend":
         # as many outputs as windows, in every layer: made again in the backward pass rather than kept

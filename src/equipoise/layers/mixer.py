@@ -51,6 +51,7 @@ class AttentionMode:
         branches: which branches of the hybrid run.
         window, sinks: what ``swa`` sees, or a window size that replaces the configured one in ``hybrid``;
             the sinks of every window of a ``blend``.
+        head_windows: of ``swa``, for whole texts: a window for each key/value head instead of ``window``.
         blend: of ``blend``: the windows and their weights.
         eviction: of ``evicting``: budget and rule.
 
@@ -62,6 +63,7 @@ class AttentionMode:
     branches: Branches = field(default_factory=Branches)
     window: int | None = None
     sinks: int = 0
+    head_windows: tuple[int, ...] | None = None
     blend: Blend | None = None
     eviction: Eviction | None = None
 
@@ -71,13 +73,18 @@ class AttentionMode:
         if self.kind == "blend" and self.blend is None:
             raise ValueError("mode 'blend' needs a blend: windows, and their weights in each head.")
 
+    @property
+    def of_whole_texts(self) -> bool:
+        """Whether the mode measures whole texts, and no cache can be kept in it."""
+        return self.kind in ("blend", "evicting") or self.head_windows is not None
+
     def same_as(self, other: AttentionMode) -> bool:
         """Whether both run the same; `==` cannot say so where branches differ by row."""
         if self is other:
             return True
         ours, theirs = self.branches, other.branches
-        return (self.kind, self.window, self.sinks, self.eviction, ours.reading) == (
-            other.kind, other.window, other.sinks, other.eviction, theirs.reading,
+        return (self.kind, self.window, self.head_windows, self.sinks, self.eviction, ours.reading) == (
+            other.kind, other.window, other.head_windows, other.sinks, other.eviction, theirs.reading,
         ) and _same_flag(ours.window, theirs.window) and _same_flag(ours.linear, theirs.linear)  # fmt: skip
 
 
@@ -259,11 +266,16 @@ class HybridMixer(nn.Module):
             q, v = inputs.q, inputs.v
             return q.new_zeros(*q.shape[:3], v.shape[-1]), None
         if mode.kind == "swa":
-            return window_attention(
-                inputs.q, inputs.k, inputs.v, window=mode.window or 0, sinks=mode.sinks, scale=inputs.scale,
-                softcap=inputs.softcap, key_mask=inputs.key_mask, segment_ids=inputs.segment_ids,
-                sink_logits=inputs.sink_logits, initial_state=state, output_final_state=keep_state,
-            )  # fmt: skip
+            seen: dict[str, Any] = {
+                "sinks": mode.sinks, "scale": inputs.scale, "softcap": inputs.softcap,
+                "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
+                "sink_logits": inputs.sink_logits, "initial_state": state, "output_final_state": keep_state,
+            }  # fmt: skip
+            if mode.head_windows is not None:
+                return head_windows_attention(
+                    inputs.q, inputs.k, inputs.v, None, None, windows=mode.head_windows, **seen
+                )
+            return window_attention(inputs.q, inputs.k, inputs.v, window=mode.window or 0, **seen)
         if mode.kind == "evicting":
             assert mode.eviction is not None
             return evicting_attention(

@@ -79,6 +79,21 @@ class TestMeasuring:
         assert measured.windowed(first, **kept) == pytest.approx(measured.windowed(other, **kept), rel=1e-9)
         assert measured.windowed(first, sinks=0) != pytest.approx(measured.windowed(other, sinks=0), rel=1e-6)
 
+    def test_windows_of_heads_are_computed_once_for_each_head(
+        self, measured: DonorDivergence, rows: dict[str, Tensor]
+    ) -> None:
+        """The same as a blend of windows in all heads with weights of 0 and 1."""
+        weights = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+        blend = AttentionMode("blend", sinks=1, blend=Blend((2, 5), weights))
+        apart = AttentionMode("swa", sinks=1, head_windows=(2, 5))
+        found: list[Tensor] = []
+        for mode in (blend, apart):
+            with branches(measured.model, mode):
+                found.append(measured.model(**rows, use_cache=False).logits)
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+        with branches(measured.model, apart), pytest.raises(CacheError, match="keeps no cache"):
+            measured.model(**rows, use_cache=True)
+
     def test_worth_adds_up_to_what_windows_lose(self, rows: dict[str, Tensor]) -> None:
         model = hybridize(donor(2.0), HybridConfig(window=4, feature_map=None), check=False)
         measured = DonorDivergence(model, rows, batch_size=3)

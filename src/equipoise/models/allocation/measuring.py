@@ -157,13 +157,13 @@ def _mode(
     sizes = sorted(set(own))
     if len(sizes) == 1 and not kept:
         return AttentionMode("swa", window=sizes[0], sinks=sinks)
+    if not kept:
+        return AttentionMode("swa", head_windows=tuple(own), sinks=sinks)
     weights = torch.zeros(len(sizes) + 1, mixer.heads, device=device)
     for head in range(mixer.heads):
         softmax = share if head in kept else 0.0
         weights[sizes.index(own[head * mixer.kv_heads // mixer.heads]), head] = 1 - softmax
         weights[-1, head] = softmax
-    if not kept:
-        return AttentionMode("blend", sinks=sinks, blend=Blend(tuple(sizes), weights[:-1]))
     return AttentionMode("blend", sinks=sinks, blend=Blend((*sizes, None), weights))
 
 
