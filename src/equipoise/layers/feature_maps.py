@@ -35,6 +35,8 @@ class FeatureMap(nn.Module, ABC):
     """
 
     two_sided: ClassVar[bool] = True
+    looks_up: ClassVar[bool] = True
+    """Whether features of queries depend on the query; else the branch is a mean, and cannot stand alone."""
     biased: ClassVar[bool] = False
     of_keys: bool = False
     """Whether this is the map of keys, for the few maps that treat the two sides differently; the mixer sets
@@ -377,6 +379,7 @@ class Constant(FeatureMap):
     """
 
     two_sided = False
+    looks_up = False
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int) -> None:
         nn.Module.__init__(self)

@@ -230,8 +230,9 @@ class HybridMixer(nn.Module):
 
     @property
     def summarises(self) -> bool:
-        """Whether the linear branch is a mean of the past, of which queries ask nothing (map `constant`)."""
-        return self.config.feature_map == "constant"
+        """Whether the linear branch is a mean of the past, of which queries ask nothing."""
+        name = self.config.feature_map
+        return name is not None and not FEATURE_MAPS[name].looks_up
 
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
         """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T].
