@@ -183,5 +183,5 @@ class TestFigure:
     def test_nothing_is_drawn_of_a_donor_without_results(self, tmp_path: Path) -> None:
         figures: Any = tool("frontier_figure")
         place = self.results(tmp_path / "results.jsonl")
-        figures.main(length=2048, limit=None, donor=None, results=place, output=tmp_path)
+        figures.main(length=2048, tuned=None, limit=None, donor=None, results=place, output=tmp_path)
         assert [path.name for path in tmp_path.glob("*.svg")] == ["frontier-source-2048.svg"]

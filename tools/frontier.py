@@ -162,15 +162,16 @@ def converted(
     at: Setting, settings: dict[str, Any], recipe: str, seed: int, steps: int, console: Console
 ) -> PreTrainedModel:
     """A conversion by the ordinary way, on texts with pairs."""
+    on = at.tuning
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "pairs.jsonl"
-        write_documents(at.draw("train", seed=1000 + seed), data, max(STEPS, steps) * at.rows)
+        write_documents(on.draw("train", seed=1000 + seed), data, max(STEPS, steps) * on.rows)
         sized = {
-            stage: {**settings[stage], "batch_size": at.rows}
+            stage: {**settings[stage], "batch_size": on.rows}
             for stage in ("transfer", "finetune")
             if settings.get(stage) is not None
         }
-        source = {"source": str(data), "context_length": at.length}
+        source = {"source": str(data), "context_length": on.length}
         run = load_recipe(recipe, {**settings, **sized, "data": source, "watch": None})
         convert(str(at.donor), run, Path(folder) / "out", seed=seed, console=console)
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
@@ -277,7 +278,7 @@ def score_run(
     own = mode is None
     entry: dict[str, Any] = {
         "run": name, "name": at.name, "donor": at.digest, "seed": seed, "length": at.length,
-        "tokens": at.tokens,
+        "tokens": at.tokens, "tuned": at.tuning.length,
         "split": split, "bytes": state_bytes(model) if own else at.tokens * at.token_bytes,
         "reach": reach(model) if own else None, "steps": steps,
     }  # fmt: skip
@@ -310,6 +311,9 @@ def run(
     length: Length = 512,
     tokens: Tokens = 36,
     split: Annotated[str, typer.Option(help="search or test.")] = "search",
+    tuned: Annotated[
+        int | None, typer.Option(help="Tokens of the texts that are trained on; else those of --length.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Of all stages together.")] = STEPS,
     output: Path = RESULTS,
     keep: Annotated[Path | None, typer.Option(help="Save the model here as well.")] = None,
@@ -317,7 +321,7 @@ def run(
     """Make one model, score it, and append a line to the results."""
     if split not in ("search", "test"):
         raise typer.BadParameter(f"expected search or test, got {split!r}.", param_hint="--split")
-    at = Setting(donor, length, tokens)
+    at = Setting(donor, length, tokens, tuned)
     model, mode = made(name, at, seed, steps, Console(stderr=True))
     if keep is not None:
         model.save_pretrained(keep)

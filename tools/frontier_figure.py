@@ -34,10 +34,13 @@ Points = dict[str, list[tuple[int, list[Entry]]]]
 app = typer.Typer(add_completion=False)
 
 
-def points(results: Path, name: str, length: int, split: str, steps: int) -> tuple[Points, list[Entry], int]:
+def points(
+    results: Path, name: str, length: int, split: str, steps: int, tuned: int | None = None
+) -> tuple[Points, list[Entry], int]:
     """Runs of one donor's budgets, the donor's own entries, and how far any control reaches.
 
-    A run of any other number of steps than ``steps`` is left out, unless it has none at all.
+    A run of any other number of steps than ``steps``, or trained on texts of another length than ``tuned``
+    (None: ``length``), is left out, unless nothing of it is trained.
     """
     found: Points = {}
     donor, edge = list[Entry](), 0
@@ -45,11 +48,11 @@ def points(results: Path, name: str, length: int, split: str, steps: int) -> tup
         if (of, tokens_long, part) != (name, length, split):
             continue
         edge = max(edge, farthest(runs))
-        for (run, taken), entries in runs.items():
+        for (run, *how), entries in runs.items():
             untuned = run in ("donor", "even", "heavy-hitters")
             if run == "donor":
                 donor = entries
-            elif run in RUNS and (untuned or taken == steps):
+            elif run in RUNS and (untuned or how == [steps, tuned or length]):
                 found.setdefault(run, []).append((int(entries[0]["bytes"]), entries))
     for of_run in found.values():
         of_run.sort(key=lambda point: point[0])
@@ -98,6 +101,7 @@ def main(
     length: int = 2048,
     split: str = "search",
     steps: int = 600,
+    tuned: Annotated[int | None, typer.Option(help="Tokens of the texts that were trained on.")] = None,
     limit: Annotated[int | None, typer.Option(help="Tokens beyond which answers count.")] = None,
     donor: Annotated[list[str] | None, typer.Option(help="Repeat for several; else both.")] = None,
     results: Path = RESULTS,
@@ -105,7 +109,7 @@ def main(
 ) -> None:
     """Draw a figure for each donor that has results."""
     for name in donor or ["source", "docstrings"]:
-        found, own, edge = points(results, name, length, split, steps)
+        found, own, edge = points(results, name, length, split, steps, tuned)
         if not found or not own:
             continue
         figure = draw(found, own, edge if limit is None else limit, length)

@@ -16,22 +16,25 @@ Group = tuple[str, str, int, str, int]
 """Of what can be compared: donor and its weights, length of texts, split, budget."""
 Bounds = tuple[float, float, float]
 """A mean and its interval."""
+How = tuple[str, int, int]
+"""Of a run: its name, steps, and tokens of the texts that were trained on."""
 RESAMPLES = 2000
 
 
-def read(output: Path) -> dict[Group, dict[tuple[str, int], list[Entry]]]:
-    """Entries by what can be compared, and within that by run and steps, seeds together."""
-    groups: dict[Group, dict[tuple[str, int], list[Entry]]] = {}
+def read(output: Path) -> dict[Group, dict[How, list[Entry]]]:
+    """Entries by what can be compared, and within that by how they were made, seeds together."""
+    groups: dict[Group, dict[How, list[Entry]]] = {}
     for entry in map(json.loads, output.read_text(encoding="utf-8").splitlines()):
         kind = (
             entry.get("name", "demo"), entry["donor"], entry.get("length", 512), entry["split"],
             entry["tokens"],
         )  # fmt: skip
-        groups.setdefault(kind, {}).setdefault((entry["run"], entry["steps"]), []).append(entry)
+        how = (entry["run"], entry["steps"], entry.get("tuned", entry.get("length", 512)))
+        groups.setdefault(kind, {}).setdefault(how, []).append(entry)
     return dict(sorted(groups.items()))
 
 
-def farthest(runs: dict[tuple[str, int], list[Entry]]) -> int:
+def farthest(runs: dict[How, list[Entry]]) -> int:
     """Tokens that the windows of any control reach: what lies beyond, no window answers."""
     reaches = [entry["reach"] for of in runs.values() for entry in of if entry["reach"]]
     return max(reaches, default=0)
@@ -54,11 +57,11 @@ def report(output: Path, limit: int | None = None) -> None:
         )
         table = Table(box=None)
         for title in (
-            "run", "steps", "seeds", "bytes", "windows", "NLL", "recall within", "beyond",
+            "run", "steps", "tuned at", "seeds", "bytes", "windows", "NLL", "recall within", "beyond",
             "more pairs, beyond", "window alone", "linear alone",
         ):  # fmt: skip
             table.add_column(title, no_wrap=True)
-        for (run, steps), of in sorted(runs.items()):
+        for (run, steps, tuned), of in sorted(runs.items()):
             windows = " ".join(map(shown, of[0]["windows"])) if run != "donor" else ""
             cells = [in_words(interval([entry["both"]["nll"] for entry in of]))]
             cells += [in_words(recall(of, "both", span)) for span in ((0, edge), (edge, length))]
@@ -66,22 +69,31 @@ def report(output: Path, limit: int | None = None) -> None:
                 in_words(recall(of, branch, (edge, length))) if branch in of[0] else ""
                 for branch in ("more", "window alone", "linear alone")
             ]
-            table.add_row(run, str(steps), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
+            table.add_row(run, str(steps), str(tuned), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
         console.print(table)
 
 
 def against(output: Path, rival: str) -> None:
     """Likelihood of text, less the rival's on the same donor and texts: paired, 95% bootstrap intervals."""
     table = Table(
-        "donor", "length", "split", "tokens", "run", "steps", "seeds", f"nats more than {rival}", box=None
+        "donor",
+        "length",
+        "split",
+        "tokens",
+        "run",
+        "steps",
+        "tuned at",
+        "seeds",
+        f"nats more than {rival}",
+        box=None,
     )
     for (name, _, length, split, tokens), runs in read(output).items():
-        others = [entry["both"]["nll"] for (run, _), of in runs.items() if run == rival for entry in of]
-        for (run, steps), of in sorted(runs.items()):
+        others = [entry["both"]["nll"] for (run, *_), of in runs.items() if run == rival for entry in of]
+        for (run, steps, tuned), of in sorted(runs.items()):
             if others and run != rival:
                 # seeds of two runs have nothing in common
                 apart = np.array([entry["both"]["nll"] for entry in of]) - np.array(others).mean(0)
-                counts = (str(length), split, str(tokens), run, str(steps), str(len(of)))
+                counts = (str(length), split, str(tokens), run, str(steps), str(tuned), str(len(of)))
                 table.add_row(name, *counts, in_words(interval(apart.tolist())))
     Console(width=160).print(table)
 

@@ -46,13 +46,20 @@ class Setting:
 
     Attributes:
         name: ``demo`` for the recall demo's donor, or one of `research_donors.DONORS`.
-        length: tokens of a text, trained on and scored.
+        length: tokens of a text, searched on and scored.
         tokens: budget, as tokens of K and V in every key/value head and layer.
+        tuned: tokens of a text that is trained on, where that is another length.
     """
 
     name: str = "demo"
     length: int = CONTEXT
     tokens: int = 36
+    tuned: int | None = None
+
+    @property
+    def tuning(self) -> Setting:
+        """The same with the texts that are trained on."""
+        return replace(self, length=self.tuned or self.length, tuned=None)
 
     @cached_property
     def donor(self) -> Path:
