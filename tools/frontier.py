@@ -68,6 +68,9 @@ UNIT: Mapping[str, Any] = {"feature_map": "unit", "feature_multiple": 1, "write_
 ADDITIVE: Mapping[str, Any] = {
     "state_update": "additive", "feature_map": "hedgehog-joint", "write_gate": "per_token"
 }  # fmt: skip
+FAR_OUTPUT: Mapping[str, Any] = {
+    "transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}, "learning_rate": 3e-2}
+}
 FAR_3: Mapping[str, Any] = {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
@@ -87,6 +90,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
     "far-output": {"transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}}},
+    "far-output-longer": FAR_OUTPUT,
+    "far-output-half": FAR_OUTPUT,
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     "unit-one-head": {"hybrid": UNIT, "allocation": {"linear_share": SHARE / 2}},
@@ -98,6 +103,10 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "unit-no-summaries": {"hybrid": UNIT, "allocation": {"elsewhere": None}},
 }  # fmt: skip
 """`equipoise`, and the same without one ingredient or with another."""
+
+
+FIRST: Mapping[str, int] = {"far-output-longer": 4, "far-output-half": 2}
+"""Steps over those of stage 1, where that is not 8 for ours and 4 for published recipes."""
 
 
 def even(tokens: int) -> HybridConfig:
@@ -212,7 +221,7 @@ def shared_out(
 
 def settings_of(name: str, at: Setting, steps: int = STEPS) -> tuple[str, dict[str, Any]]:
     """Recipe and settings of a run that trains both branches."""
-    first = steps // 8 if name in ABLATIONS else steps // 4
+    first = steps // FIRST.get(name, 8 if name in ABLATIONS else 4)
     half = {"transfer": {"max_steps": first}, "finetune": {"max_steps": steps - first}}
     delta = name in ABLATIONS and "state_update" not in ABLATIONS[name].get("hybrid", {})
     rates = DELTA_SCALE if delta else SCALE
