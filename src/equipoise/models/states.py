@@ -55,7 +55,7 @@ class StateMode(BaseModel):
             StateError: softmax attention keeps every key, and flags by row belong to one batch.
         """
         branches = mode.branches
-        if mode.kind == "softmax" or mode.of_whole_texts:
+        if mode.kind in ("softmax", "blend", "evicting") or mode.head_windows is not None:
             raise StateError(
                 "softmax attention keeps the keys of every token, so there is no state of constant size to "
                 "save. Read the prompt in a branch state of the hybrid: both, window, linear or sinks."
