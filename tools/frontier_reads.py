@@ -1,0 +1,105 @@
+"""Where answers from afar go wrong in a hybrid: in what its state reads, or in what is made of it.
+
+    python tools/frontier.py run narrow --donor source --length 1024 --tokens 20 --keep out/narrow
+    python tools/frontier_reads.py out/narrow --donor source --length 1024 --tokens 20 --limit 102
+
+For each head with a large state: how often, at an answer from beyond ``limit`` tokens, its read is nearest to
+a value of the right word among all shown before, and how often the hybrid answers right where it is, and
+where it is not. With 10 pairs a text and with 40.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.models.branches import converted_mixers, observe, rivals
+from equipoise.ops.delta import delta_attention
+from equipoise.ops.head_subset import heads_of
+from equipoise.recall_donor import PairText
+from frontier_texts import MORE_PAIRS, Setting, asked, rows_of, with_more_pairs
+from tables import heading, line
+
+Outcome = tuple[bool, bool]
+"""Of one question: whether the read was right, and whether the answer."""
+
+
+def read_by(mixer: HybridMixer, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    """What the states of a layer read, and the values of the same heads, both [B, h, T, D]."""
+    q, k, v = heads_of(mixer.linear_indices, inputs.q, inputs.k, inputs.v)
+    assert mixer.phi_q is not None
+    assert mixer.phi_k is not None
+    return delta_attention(q, k, v, mixer.phi_q(q), mixer.phi_k(k))[0], v
+
+
+def points_at(read: Tensor, values: Tensor) -> int:
+    """Index of the value that a read is nearest to, by angle."""
+    return int(torch.cosine_similarity(read[None], values, dim=-1).argmax())
+
+
+@torch.no_grad()
+def outcomes(model: Any, texts: PairText, count: int, limit: int) -> dict[tuple[int, int], list[Outcome]]:
+    """Of each (layer, head) with a state that keeps to the delta rule."""
+    layers = {m.layer_idx: m for m in rivals(converted_mixers(model)) if m.config.state_update == "delta"}
+    found: dict[tuple[int, int], list[Outcome]] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        if mixer.layer_idx in layers:
+            seen[mixer.layer_idx] = read_by(mixer, inputs)
+
+    for rows in np.array_split(rows_of(texts, count), max(1, count // 4)):
+        with observe(model, observer):
+            said = model(input_ids=torch.from_numpy(rows), use_cache=False).logits.argmax(-1)
+        for text, row in enumerate(rows):
+            shown = np.flatnonzero(np.isin(row, texts.words))
+            for place, far in asked(row, texts.words):
+                if far > limit:
+                    earlier = shown[shown < place]
+                    answer = bool(said[text, place - 1] == row[place])
+                    for layer, (reads, values) in seen.items():
+                        for at, head in enumerate(layers[layer].linear_indices):
+                            nearest = points_at(
+                                reads[text, at, place - 1], values[text, at][torch.from_numpy(earlier)]
+                            )
+                            right = bool(row[earlier[nearest]] == row[place])
+                            found.setdefault((layer, head), []).append((right, answer))
+    return found
+
+
+def table(found: dict[int, dict[tuple[int, int], list[Outcome]]]) -> Iterator[str]:
+    """By pairs in a text and head."""
+    yield from heading("pairs, layer and head", "reads right", "answers right", "read right", "read wrong")
+    for pairs, heads in found.items():
+        for (layer, head), of in sorted(heads.items()):
+            reads, answers = np.array(of).T
+            where = [answers[reads == right] for right in (True, False)]
+            shares = [reads.mean(), answers.mean(), *(w.mean() if len(w) else np.nan for w in where)]
+            yield line(f"{pairs}, layer {layer}, head {head}", *(f"{share:.3f}" for share in shares))
+
+
+def main(
+    model: Path,
+    donor: str = "demo",
+    length: int = 512,
+    tokens: int = 36,
+    limit: Annotated[int, typer.Option(help="Tokens back beyond which answers count.")] = 0,
+) -> None:
+    """Print a table; its last two columns: answers right where the read is right, and where it is wrong."""
+    at = Setting(donor, length, tokens)
+    hybrid, search = AutoModelForCausalLM.from_pretrained(model).eval(), at.draw("search")
+    texts = {10: search, MORE_PAIRS: with_more_pairs(search)}
+    for text in table({pairs: outcomes(hybrid, of, at.texts, limit) for pairs, of in texts.items()}):
+        print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
