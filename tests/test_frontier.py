@@ -136,9 +136,10 @@ def test_docstring_files_are_halved_without_overlap(texts: Any) -> None:
 
 def test_longer_texts_and_more_pairs_come_later_in_a_donors_curriculum() -> None:
     donors: Any = tool("research_donors")
-    parts = donors.CURRICULUM
-    assert [part.length for part in parts] == sorted(part.length for part in parts)
-    assert parts[-1].length == donors.LONGEST
+    for donor in donors.DONORS.values():
+        lengths = [part.length for part in donor.curriculum]
+        assert lengths == sorted(lengths)
+        assert lengths[-1] == donors.LONGEST
     grouped = donors.DONORS["docstrings"]
     assert grouped.base.heads == 2 * grouped.kv_heads
     assert grouped.base.hidden_size != donors.DONORS["source"].base.hidden_size
@@ -175,6 +176,7 @@ class TestFigure:
         drawn = figures.draw(found, donor, edge, 2048)
         recalled, lost = ({one.get_label(): one[0] for one in axes.containers} for axes in drawn.axes)
         assert len(recalled) == len(lost) == len(found)
+        assert all([one.get_text() for one in axes.get_xticklabels()] == ["20", "68"] for axes in drawn.axes)
         np.testing.assert_allclose(np.asarray(lost["equipoise"].get_ydata(), float), [0.2, 0.1])
         np.testing.assert_allclose(
             np.asarray(recalled["equipoise"].get_ydata(), float), [1.0, 1.0]

@@ -16,11 +16,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -34,7 +33,7 @@ from equipoise.models.divergence import divergence, log_probabilities
 from equipoise.ops.delta import delta_attention
 from frontier import SINKS, even
 from frontier_texts import Setting, asked, rows_of
-from tables import heading, line, over_seeds, write
+from tables import heading, line, measure_or_print, over_seeds, write
 
 LAYER, HEADS = 3, (2, 3)
 """Where the donor looks pairs up (LOG.md of 2026-11-21)."""
@@ -217,15 +216,5 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
                 yield line(arm.name, f"{bytes_:,}", *values)
 
 
-def main(
-    output: Path, tables_only: Annotated[bool, typer.Option("--tables", help="Print, run nothing.")] = False
-) -> None:
-    """Measure, or print what was measured."""
-    if not tables_only:
-        measure(output, Console(stderr=True))
-    for text in tables(json.loads(output.read_text(encoding="utf-8"))):
-        print(text)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    measure_or_print(measure, tables)

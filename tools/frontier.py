@@ -68,9 +68,7 @@ UNIT: Mapping[str, Any] = {"feature_map": "unit", "feature_multiple": 1, "write_
 ADDITIVE: Mapping[str, Any] = {
     "state_update": "additive", "feature_map": "hedgehog-joint", "write_gate": "per_token"
 }  # fmt: skip
-FAR_OUTPUT: Mapping[str, Any] = {
-    "transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}, "learning_rate": 3e-2}
-}
+FAR_OUTPUT: Mapping[str, Any] = {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}}
 FAR_3: Mapping[str, Any] = {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
@@ -89,9 +87,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-summaries": {"allocation": {"elsewhere": None}},
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
-    "far-output": {"transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}}},
-    "far-output-longer": FAR_OUTPUT,
-    "far-output-half": FAR_OUTPUT,
+    "far-output": {"transfer": FAR_OUTPUT},
+    "far-output-half": {"transfer": {**FAR_OUTPUT, "learning_rate": 3e-2}},
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     "unit-one-head": {"hybrid": UNIT, "allocation": {"linear_share": SHARE / 2}},
@@ -105,7 +102,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 """`equipoise`, and the same without one ingredient or with another."""
 
 
-FIRST: Mapping[str, int] = {"far-output-longer": 4, "far-output-half": 2}
+FIRST: Mapping[str, int] = {"far-output-half": 2}
 """Steps over those of stage 1, where that is not 8 for ours and 4 for published recipes."""
 
 

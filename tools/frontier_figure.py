@@ -79,12 +79,17 @@ def draw(found: Points, donor: Sequence[Entry], edge: int, length: int) -> Figur
     left.set_ylabel(f"recall from more than {edge} tokens back", fontsize=FONT, color=INK)
     right.set_ylabel("text: nats per token more than the donor", fontsize=FONT, color=INK)
     left.set_ylim(-0.03, 1.03)
+    sizes = sorted({round(bytes_ / 1024) for of in found.values() for bytes_, _ in of})
     for axes in (left, right):
         style(axes)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        # runs of one budget differ by a few bytes, which would fill the axis where there is no other
+        axes.set_xlim(sizes[0] / 1.5, 1.5 * sizes[-1])
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        axes.minorticks_off()
         axes.set_xlabel("KiB of state a sequence", fontsize=FONT, color=INK)
-    right.legend(fontsize=FONT - 1.5, frameon=False)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=FONT - 1.5, frameon=False)
     return figure
 
 

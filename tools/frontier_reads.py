@@ -1,6 +1,7 @@
 """Where answers from afar go wrong in a hybrid: in what its state reads, or in what is made of it.
 
-    python tools/frontier.py run narrow --donor source --length 1024 --tokens 20 --keep out/narrow
+    python tools/frontier.py run narrow --donor source --length 1024 --tokens 20 --steps 600 \\
+        --keep out/narrow
     python tools/frontier_reads.py out/narrow --donor source --length 1024 --tokens 20 --limit 102
 
 For each head with a large state: how often, at an answer from beyond ``limit`` tokens, its read is nearest to

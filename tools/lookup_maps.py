@@ -16,11 +16,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -34,7 +33,7 @@ from equipoise.ops.delta import delta_attention
 from equipoise.recall_donor import PairText
 from frontier import even
 from frontier_texts import MORE_PAIRS, Setting, rows_of, with_more_pairs
-from tables import heading, line, over_seeds, write
+from tables import heading, line, measure_or_print, over_seeds, write
 
 LAYER, HEAD = 3, 2
 LENGTH, LEARNED, JUDGED = 1024, 300, 48
@@ -224,15 +223,5 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
             yield line(name_of(arm), f"{arm.features * 32 * 4:,}", *values)
 
 
-def main(
-    output: Path, tables_only: Annotated[bool, typer.Option("--tables", help="Print, run nothing.")] = False
-) -> None:
-    """Measure, or print what was measured."""
-    if not tables_only:
-        measure(output, Console(stderr=True))
-    for text in tables(json.loads(output.read_text(encoding="utf-8"))):
-        print(text)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    measure_or_print(measure, tables)

@@ -5,7 +5,7 @@
 
 `source` is the demo's donor, trained on Python's sources, continued; `docstrings` is another: trained on
 scipy's docstrings from the start, wider, with two query heads for each key/value head. Both are made on the
-spot and cached, like the demo's. Texts get longer step by step, 512 to 2,048 tokens, and have 4 to 40 pairs.
+spot and cached, like the demo's. Texts get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
 """
 
 from __future__ import annotations

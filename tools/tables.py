@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
+from rich.console import Console
 
 from equipoise.files import write_text
 
@@ -47,3 +49,21 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     lines = [json.dumps({key: short(value) for key, value in row.items()}) for row in rows]
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def measure_or_print(
+    measure: Callable[[Path, Console], None], tables: Callable[[list[dict[str, Any]]], Iterable[str]]
+) -> None:
+    """The command line of a tool that runs what its file lacks, and prints the tables of what is in there."""
+
+    def main(
+        output: Path,
+        tables_only: Annotated[bool, typer.Option("--tables", help="Print, run nothing.")] = False,
+    ) -> None:
+        """Measure, or print what was measured."""
+        if not tables_only:
+            measure(output, Console(stderr=True))
+        for text in tables(json.loads(output.read_text(encoding="utf-8"))):
+            print(text)
+
+    typer.run(main)

@@ -157,6 +157,21 @@ class TestWindowDropout:
         assert flat[8:] == [1.0] * 4
         assert all(mixer.mode == AttentionMode() for mixer in mixers_of(model))
 
+    def test_means_of_the_past_keep_their_windows(
+        self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
+    ) -> None:
+        """There is nothing in them that could answer alone."""
+        means = {"feature_map": "constant", "feature_dim": 1, "mixing": "calibrated"}
+        run = recipe(
+            finetune={**STAGE2, "window_dropout": {"probabilities": [1.0]}}, hybrid={"per_layer": {0: means}}
+        )
+        model = hybrid(run)
+        modes = Modes(model)
+        tuned(run, model, rows, tmp_path, callbacks=[modes])
+        kept = {layer: note for _, layer, note, *_ in modes.seen}
+        assert kept[0] is True
+        assert kept[1] == [False] * 4
+
     def test_micro_batches_draw_as_the_whole_batch(
         self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
     ) -> None:
