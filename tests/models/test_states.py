@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from equipoise import HybridConfig, branches, describe_state, hybridize, load_state, read_prompt, save_state
 from equipoise.layers.interface import mixers_of
+from equipoise.layers.mixer import AttentionMode
 from equipoise.models.adapters import adapters_disabled, add_lora
 from equipoise.models.reading import model_digest
-from equipoise.models.states import StateError, _digest
+from equipoise.models.states import StateError, StateMode, _digest
 from support import random_tokens, tiny_model
 
 BOOK, QUESTION = random_tokens(1, 150), random_tokens(1, 7, seed=1)
@@ -307,3 +308,8 @@ def test_tokens_waiting_beside_the_sums_are_in_the_file(converted: Any, tmp_path
     loaded: Any = load_state(tmp_path / "book.safetensors", converted).cache.layers[0]
     assert loaded.state.pending is None
     torch.testing.assert_close(loaded.state.linear_state, before + 3)
+
+
+def test_windows_measured_by_head_keep_no_state() -> None:
+    with pytest.raises(StateError, match="keeps the keys of every token"):
+        StateMode.of(AttentionMode("swa", head_windows=(2, 3)))

@@ -91,6 +91,12 @@ class TestMeasuring:
             with branches(measured.model, mode):
                 found.append(measured.model(**rows, use_cache=False).logits)
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+        whole = [20, 20]
+        # a share of softmax too small to count takes the way of blends
+        one_way, other_way = (measured.windowed([own, whole], sinks=1) for own in ([2, 5], [5, 2]))
+        kept: Any = {"sinks": 1, "heads": [[0, 1], []], "softmax_share": 1e-9}
+        assert one_way == pytest.approx(measured.windowed([[2, 5], whole], **kept), rel=1e-6)
+        assert one_way != pytest.approx(other_way, rel=1e-4)
         with branches(measured.model, apart), pytest.raises(CacheError, match="keeps no cache"):
             measured.model(**rows, use_cache=True)
 
