@@ -70,12 +70,16 @@ ADDITIVE: Mapping[str, Any] = {
 }  # fmt: skip
 FAR_OUTPUT: Mapping[str, Any] = {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}}
 FAR_3: Mapping[str, Any] = {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}
+READS: Mapping[str, Any] = {
+    "transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}},
+    "finetune": {"objectives": {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0}},
+}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "equipoise": {},
     "unit-maps": {"hybrid": UNIT},
     "narrow": {"hybrid": {"feature_multiple": 1}},
-    "two-heads": {"allocation": {"linear_share": 2 * SHARE}},
-    "wide": {"hybrid": {"feature_multiple": 4}, "allocation": {"linear_share": 2 * SHARE}},
+    "two-heads": {"allocation": {"heads": 2}},
+    "wide": {"hybrid": {"feature_multiple": 4}, "allocation": {"heads": 2}},
     "linear-writes": {"hybrid": {"write_gate": "per_token"}},
     "full-writes": {"hybrid": {"write_gate": "none"}},
     "additive": {"hybrid": ADDITIVE},
@@ -87,19 +91,23 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no-summaries": {"allocation": {"elsewhere": None}},
     "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
     "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
+    "reads": READS,
+    "reads-narrow": {**READS, "hybrid": {"feature_multiple": 1}},
+    "reads-wide": {**READS, "hybrid": {"feature_multiple": 4}, "allocation": {"heads": 2}},
+    "reads-two": {**READS, "allocation": {"heads": 2}},
     "far-output": {"transfer": FAR_OUTPUT},
     "far-output-half": {"transfer": {**FAR_OUTPUT, "learning_rate": 3e-2}},
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
-    "unit-one-head": {"hybrid": UNIT, "allocation": {"linear_share": SHARE / 2}},
+    "unit-one-head": {"hybrid": UNIT, "allocation": {"heads": 0.5}},
     "unit-two-wide-heads": {
-        "hybrid": {**UNIT, "feature_multiple": 2}, "allocation": {"linear_share": 2 * SHARE}
+        "hybrid": {**UNIT, "feature_multiple": 2}, "allocation": {"heads": 2}
     },
     "unit-competing": {"hybrid": {**UNIT, **COMPETING}},
     "unit-far-3": {"hybrid": UNIT, "finetune": FAR_3},
     "unit-no-summaries": {"hybrid": UNIT, "allocation": {"elsewhere": None}},
 }  # fmt: skip
-"""`equipoise`, and the same without one ingredient or with another."""
+"""`equipoise`, and the same without one ingredient or with another; `heads` times its share of bytes."""
 
 
 FIRST: Mapping[str, int] = {"far-output-half": 2}
@@ -191,7 +199,8 @@ def shared_out(
     assert run.hybrid is not None
     assert run.allocation is not None
     hybrid, head = run.hybrid, linear_head_bytes(run.hybrid, at.head_dim)
-    bytes_, share = at.tokens * at.token_bytes, SHARE_OF_SMALL if at.tokens <= SMALL else SHARE
+    bytes_, allocation = at.tokens * at.token_bytes, dict(allocation)
+    share = (SHARE_OF_SMALL if at.tokens <= SMALL else SHARE) * allocation.pop("heads", 1)
     settings = run.allocation.model_copy(
         update={"state_bytes": bytes_, "linear_share": share, "moves": MOVES, **allocation}
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch.nn import functional
 from equipoise.config import ConfigError, RunConfig, parse
 from equipoise.data.packing import IGNORED_LABEL
 from equipoise.layers.interface import mixers_of
-from equipoise.models.adapters import adapter_layers, add_lora
-from equipoise.models.branches import branches
+from equipoise.models.adapters import adapter_layers, adapters_disabled, add_lora
+from equipoise.models.branches import branches, observe
+from equipoise.models.families import ConversionError
+from equipoise.ops import Branches
 from equipoise.registry import UnknownNameError
 from equipoise.train.losses import (
     DONOR,
@@ -24,8 +28,9 @@ from equipoise.train.losses import (
     finetune_loss,
     is_plain,
 )
+from equipoise.train.reads import Reads
 from equipoise.train.recipes import check_names
-from equipoise.train.stages import FinetuneTrainer, finetune
+from equipoise.train.stages import FinetuneTrainer, finetune, recomputing
 from equipoise.train.trainer import training_arguments
 from stages import STAGE2, assert_close, weights
 from support import random_tokens, tiny_model
@@ -79,6 +84,19 @@ class TestObjectives:
         same = Predictions(seen.logits, seen.targets, {DONOR: donor, WINDOWED_DONOR: donor})
         assert not FINETUNE_OBJECTIVES["far-distillation"].per_token(same).any()
 
+    def test_far_reads_counts_tokens_by_the_square_of_what_windows_lose(self) -> None:
+        seen, generator = predictions(), torch.Generator().manual_seed(3)
+        own, donor = (torch.randn(2, 3, 5, 4, generator=generator, dtype=F64) for _ in range(2))
+        lost = relative_entropy(seen.references[DONOR], seen.references[WINDOWED_DONOR])
+        weight = torch.where(seen.targets == IGNORED_LABEL, 0.0, lost.square())
+        error = ((own - donor).square().sum((1, 3)) / 12) / donor.square().sum((1, 2, 3))[:, None] * 60
+        expected = weight / (weight.sum(1, keepdim=True) / 5) * error
+        asked = replace(seen, reads=[Reads(own, donor)])
+        found = FINETUNE_OBJECTIVES["far-reads"].per_token(asked)
+        torch.testing.assert_close(found, expected)
+        twice = replace(seen, reads=[Reads(own, donor), Reads(donor, donor)])
+        torch.testing.assert_close(FINETUNE_OBJECTIVES["far-reads"].per_token(twice), expected / 2)
+
     def test_a_perfect_hybrid_has_nothing_to_learn_from_the_donor(self) -> None:
         seen = predictions()
         donor = seen.references[DONOR].clone().requires_grad_()
@@ -125,6 +143,60 @@ class TestLoss:
         torch.testing.assert_close(finetune_loss(model, batch, DISTILLED, count=3), expected / 3)
         torch.testing.assert_close(finetune_loss(model, batch, DISTILLED), expected / trained.sum())
 
+    def test_reads_are_those_of_linear_heads_beside_the_donors(self, recipe: Any, hybrid: Any) -> None:
+        """Layer 0 by hand: it gets the same from the embeddings whatever runs above."""
+        model = hybrid(recipe(hybrid={"linear_heads": [1, 3], "layers": [0]}), dtype=F64)
+        add_lora(model, rank=2, alpha=4.0, targets=("v_proj",))
+        for layer in adapter_layers(model):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+        tokens, seen = random_tokens(2, 12), dict[str, tuple[Any, Tensor]]()
+
+        def observer(mixer: Any, inputs: Any, output: Tensor) -> None:
+            seen[mixer.mode.kind] = (inputs, output)
+
+        with torch.no_grad(), observe(model, observer):
+            model(tokens, use_cache=False)
+            with branches(model, "softmax"):
+                model(tokens, use_cache=False)
+        mixer, inputs = mixers_of(model)[0], seen["hybrid"][0]
+        alone = mixer.hybrid(inputs, branches=Branches(window=False, reading="renormalised"))[0]
+        donor = seen["softmax"][1]
+        reads = Reads(alone[:, [1, 3], :-1], donor[:, [1, 3], :-1])
+        batch = {"input_ids": tokens, "labels": tokens}
+        with branches(model, "softmax"), torch.no_grad():
+            known = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+        with branches(model, "window", reading="renormalised"), torch.no_grad(), adapters_disabled(model):
+            near = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+        asked = Predictions(known, tokens[:, 1:], {DONOR: known, WINDOWED_DONOR: near}, [reads])
+        expected = FINETUNE_OBJECTIVES["far-reads"].per_token(asked).mean()
+        torch.testing.assert_close(finetune_loss(model, batch, {"far-reads": 1.0}), expected)
+
+    def test_reads_are_asked_beside_who_observes_already(self, model: Any) -> None:
+        tokens, seen = random_tokens(1, 12), list[str]()
+        batch = {"input_ids": tokens, "labels": tokens}
+        model.requires_grad_(True)
+        with observe(model, lambda mixer, inputs, output: seen.append(mixer.mode.kind)):
+            finetune_loss(model, batch, {"far-reads": 1.0}).backward()
+        layers = len(mixers_of(model))
+        assert seen == ["softmax"] * layers + ["hybrid"] * 2 * layers
+        assert all(mixer.observer is None for mixer in mixers_of(model))
+        maps = [p for mixer in mixers_of(model) for n, p in mixer.named_parameters() if n.startswith("phi")]
+        assert all(p.grad is not None and bool(p.grad.any()) for p in maps)
+
+    def test_recomputed_activations_have_the_same_gradients(self, model: Any) -> None:
+        tokens = random_tokens(2, 12)
+        batch, found = {"input_ids": tokens, "labels": tokens}, list[dict[str, Tensor]]()
+        model.train().requires_grad_(True)
+        for recomputed in (False, True):
+            model.zero_grad()
+            with recomputing(model) if recomputed else nullcontext():
+                loss = finetune_loss(model, batch, {**DISTILLED, "far-reads": 1.0})
+                loss.backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        for name, grad in found[0].items():
+            torch.testing.assert_close(found[1][name], grad)
+
     def test_references_leave_the_model_as_it_was(self, model: Any) -> None:
         tokens = random_tokens(1, 12)
         modes = [mixer.mode for mixer in mixers_of(model)]
@@ -154,7 +226,8 @@ class TestLoss:
 class TestTraining:
     def test_micro_batches_add_up(self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path) -> None:
         def tuned(micro: int) -> dict[str, Tensor]:
-            settings = {**STAGE2, "objectives": DISTILLED, "train_maps": True, "micro_batch_size": micro}
+            objectives = {**DISTILLED, "far-reads": 1.0}
+            settings = {**STAGE2, "objectives": objectives, "train_maps": True, "micro_batch_size": micro}
             run = recipe(finetune=settings)
             model = hybrid(run, dtype=F64)
             finetune(model, run, rows, rows, tmp_path / str(micro))
@@ -201,6 +274,16 @@ class TestSettings:
         run = recipe(hybrid={"window": None}, transfer={"objectives": {"far-output": 1.0}})
         with pytest.raises(ConfigError, match=r"far-output compares .* Set hybrid\.window, or take output"):
             check_names(run)
+
+    def test_far_reads_needs_a_linear_branch(self, recipe: Any) -> None:
+        run = recipe(hybrid={"feature_map": None}, finetune={"objectives": {"far-reads": 1.0}}, transfer=None)
+        with pytest.raises(ConfigError, match=r"far-reads compares .* Set hybrid\.feature_map"):
+            check_names(run)
+
+    def test_far_reads_of_windows_alone(self, hybrid: Any, recipe: Any) -> None:
+        model, tokens = hybrid(recipe(hybrid={"feature_map": None})), random_tokens(1, 12)
+        with pytest.raises(ConversionError, match="far-reads compares what linear branches read"):
+            finetune_loss(model, {"input_ids": tokens, "labels": tokens}, {"far-reads": 1.0})
 
     def test_far_distillation_needs_windows(self, recipe: Any) -> None:
         run = recipe(hybrid={"window": None}, finetune={"objectives": {"far-distillation": 1.0}})

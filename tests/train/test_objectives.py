@@ -140,7 +140,7 @@ def test_far_output_counts_tokens_by_their_weight() -> None:
     layer = replace(target(key_mask=mask, feature_map="hedgehog"), astray=astray)
     alone = layer.mixer.hybrid(layer.inputs, branches=Branches(window=False, reading="renormalised"))[0]
     errors = (alone - layer.output).square().mean((1, 3))
-    weight = astray * mask
+    weight = astray.square() * mask
     torch.testing.assert_close(OBJECTIVES["far-output"](layer), (weight * errors).sum() / weight.sum())
     even = replace(layer, astray=torch.full_like(astray, 0.3))
     torch.testing.assert_close(OBJECTIVES["far-output"](even), OBJECTIVES["output"](layer))

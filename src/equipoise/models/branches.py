@@ -6,10 +6,10 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from equipoise.layers.interface import mixers_of
-from equipoise.layers.mixer import SINKS_STATE_KEYS, AttentionMode, HybridMixer, Observer
+from equipoise.layers.mixer import SINKS_STATE_KEYS, AttentionMode, HybridMixer, LayerInputs, Observer
 from equipoise.models.adapters import adapters_disabled
 from equipoise.models.families import ConversionError
 from equipoise.ops import Branches
@@ -147,14 +147,30 @@ def capture(model: nn.Module, observer: Observer) -> Generator[None]:
         yield
 
 
+def _both(one: Observer | None, other: Observer) -> Observer:
+    """Two observers as one."""
+    if one is None:
+        return other
+    first = one
+
+    def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        first(mixer, inputs, output)
+        other(mixer, inputs, output)
+
+    return observer
+
+
 @contextmanager
-def observe(model: nn.Module, observer: Observer) -> Generator[None]:
-    """Hand every converted layer's inputs and output to ``observer``, in whatever mode the model runs."""
+def observe(model: nn.Module, observer: Observer, *, also: bool = False) -> Generator[None]:
+    """Hand every converted layer's inputs and output to ``observer``, in whatever mode the model runs.
+
+    With ``also``, who observes already goes on doing so, first.
+    """
     mixers = converted_mixers(model)
     before = [mixer.observer for mixer in mixers]
     try:
         for mixer in mixers:
-            mixer.observer = observer
+            mixer.observer = _both(mixer.observer, observer) if also else observer
         yield
     finally:
         for mixer, old in zip(mixers, before, strict=True):

@@ -30,6 +30,7 @@ from equipoise.models.divergence import divergence, log_probabilities
 from equipoise.models.families import ConversionError
 from equipoise.ops.types import accumulation_dtype
 from equipoise.registry import Registry
+from equipoise.train.reads import Reads, donor_outputs, linear_inputs, reads_of
 
 DONOR, WINDOWED_DONOR = "donor", "windowed_donor"
 
@@ -43,11 +44,14 @@ class Predictions:
         targets: the tokens themselves; `IGNORED_LABEL` where a token is not trained on.
         references: log-probabilities [B, T - 1, V] of other models, as far as the objectives ask for them:
             ``donor``, and ``windowed_donor``, the donor whose layers see no more than the hybrid's windows.
+        reads: what linear branches read and the donor's output of the same heads, layer by layer; none
+            unless an objective asks for them.
     """
 
     logits: Float[Tensor, "B P V"]
     targets: Int[Tensor, "B P"]
     references: Mapping[str, Tensor]
+    reads: Sequence[Reads] = ()
 
     @cached_property
     def log_probabilities(self) -> Tensor:
@@ -59,6 +63,11 @@ class Predictions:
         """KL(donor || model), in nats per token [B, T - 1]."""
         return divergence(self.references[DONOR], self.log_probabilities)
 
+    @cached_property
+    def astray(self) -> Tensor:
+        """KL(donor || windowed donor), how far windows alone lead astray, in nats per token [B, T - 1]."""
+        return divergence(self.references[DONOR], self.references[WINDOWED_DONOR]).detach()
+
 
 @dataclass(frozen=True)
 class FinetuneObjective:
@@ -67,20 +76,22 @@ class FinetuneObjective:
     Attributes:
         per_token: from predictions to a loss per token [B, T - 1].
         needs: the references it looks at; each costs a forward pass.
+        reads: whether it looks at `Predictions.reads`; costs the linear branch of a layer a second time.
     """
 
     per_token: Callable[[Predictions], Tensor]
     needs: Sequence[str] = ()
+    reads: bool = False
 
 
 FINETUNE_OBJECTIVES: Registry[FinetuneObjective] = Registry("fine-tuning objective")
 
 
-def finetune_objective(name: str, *, needs: Sequence[str] = ()) -> Callable[..., Any]:
+def finetune_objective(name: str, *, needs: Sequence[str] = (), reads: bool = False) -> Callable[..., Any]:
     """Decorator that registers a function of `Predictions` as an objective."""
 
     def register(function: Callable[[Predictions], Tensor]) -> Callable[[Predictions], Tensor]:
-        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs))
+        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads))
         return function
 
     return register
@@ -107,9 +118,21 @@ def far_distillation(predictions: Predictions) -> Tensor:
     The weight is KL(donor || windowed donor), a constant: where a window is enough it is 0, and where the
     answer lies beyond all windows it is several nats. So the few tokens count that a linear branch is for.
     """
-    references = predictions.references
-    weight = divergence(references[DONOR], references[WINDOWED_DONOR])
-    return weight.detach() * predictions.divergence
+    return predictions.astray * predictions.divergence
+
+
+@finetune_objective("far-reads", needs=(DONOR, WINDOWED_DONOR), reads=True)
+def far_reads(predictions: Predictions) -> Tensor:
+    """Squared error from the donor's attention output to linear attention alone, in heads that look far.
+
+    In units of that output's mean square, each token weighted by the square of what windows lose there, over
+    the mean of its row. Lookups lose several nats and text a few tenths, but there is a hundred times as much
+    text: weights that are not squared leave nearly all of the sum to it (docs/research/02). Predictions alone
+    let a state read wrongly wherever others know the answer; this asks each one by itself.
+    """
+    squares = predictions.astray.square() * (predictions.targets != IGNORED_LABEL)
+    weights = squares / squares.mean(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+    return weights * torch.stack([reads.error() for reads in predictions.reads]).mean(0)
 
 
 @torch.no_grad()
@@ -156,10 +179,14 @@ def finetune_loss(
     arguments = {name: tensor for name, tensor in inputs.items() if name != "labels"}
     needed = sorted({need for objective in chosen.values() for need in objective.needs})
     # before the model's own pass, whose activations would lie beside theirs
-    references = {name: _reference(model, name, arguments) for name in needed}
-    logits: Tensor = model(**arguments, use_cache=False).logits
+    reading = any(objective.reads for objective in chosen.values())
+    with donor_outputs(model) if reading else nullcontext({}) as wanted:
+        references = {name: _reference(model, name, arguments) for name in needed}
+    with linear_inputs(model) if reading else nullcontext({}) as seen:
+        logits: Tensor = model(**arguments, use_cache=False).logits
+    reads = reads_of(model, seen, wanted) if reading else []
     targets = inputs["labels"][:, 1:].to(logits.device)
-    predictions = Predictions(logits[:, :-1], targets, references)
+    predictions = Predictions(logits[:, :-1], targets, references, reads)
     trained = targets != IGNORED_LABEL
     losses = [weight * chosen[name].per_token(predictions) for name, weight in objectives.items()]
     total = torch.stack(losses).sum(0).masked_fill(~trained, 0.0).sum()

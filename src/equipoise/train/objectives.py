@@ -60,9 +60,9 @@ class LayerTarget:
         return per_token.masked_fill(~kept, 0).sum() / kept.sum().clamp_min(1)
 
     def far_mean(self, per_token: Tensor) -> Tensor:
-        """Mean of [B, H, T] over heads and tokens, these weighted by `astray`."""
+        """Mean of [B, H, T] over heads and tokens, these weighted by the square of `astray`."""
         assert self.astray is not None
-        weight = self.astray.to(per_token.dtype)
+        weight = self.astray.to(per_token.dtype).square()
         if self.inputs.key_mask is not None:
             weight = weight.masked_fill(~self.inputs.key_mask, 0)
         total = (weight[:, None] * per_token).sum()
@@ -110,10 +110,11 @@ def output(target: LayerTarget) -> Tensor:
 
 @OBJECTIVES.register("far-output")
 def far_output(target: LayerTarget) -> Tensor:
-    """The same, each token weighted by how far windows alone lead the donor astray there, in nats.
+    """The same, each token weighted by the square of how far windows alone lead the donor astray there.
 
     Few tokens ask for something that lies beyond all windows; among all others they hardly count, and maps
-    that learn from all of them alike learn to be a mean (docs/research/06).
+    that learn from all of them alike learn to be a mean (docs/research/06). Not squared, these weights leave
+    most of the sum to text, of which there is a hundred times as much (docs/research/02).
     """
     return target.far_mean(_squared_error(target, LINEAR_ALONE))
 

@@ -61,6 +61,12 @@ def check_names(run: RunConfig) -> None:
                 "none. Set hybrid.window, or take output."
             )
     if run.finetune is not None:
+        reading = [name for name in run.finetune.objectives if FINETUNE_OBJECTIVES[name].reads]
+        if reading and (run.hybrid is None or run.hybrid.feature_map is None):
+            raise ConfigError(
+                f"finetune.objectives: {', '.join(reading)} compares what linear branches read, and this "
+                "hybrid has none. Set hybrid.feature_map, or take far-distillation."
+            )
         needed = {need for name in run.finetune.objectives for need in FINETUNE_OBJECTIVES[name].needs}
         if WINDOWED_DONOR in needed and (run.hybrid is None or run.hybrid.window is None):
             raise ConfigError(

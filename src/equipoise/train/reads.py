@@ -1,0 +1,102 @@
+"""What linear branches read, beside the donor's attention in the same heads: for objectives of stage 2.
+
+Shapes: B rows, h heads with a linear branch, T tokens, P = T - 1 of them that another follows, E value_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.models.branches import converted_mixers, observe, rivals
+from equipoise.models.families import ConversionError
+from equipoise.ops import Branches
+from equipoise.ops.types import accumulation_dtype
+
+ALONE = Branches(window=False, reading="renormalised")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Of one layer.
+
+    Attributes:
+        own: what its linear branch reads, by itself.
+        donor: the donor's attention output in the same heads, without gradient.
+    """
+
+    own: Float[Tensor, "B h P E"]
+    donor: Float[Tensor, "B h P E"]
+
+    def error(self) -> Float[Tensor, "B P"]:
+        """Squared error, mean over heads and E, over the mean square of the row's donor output."""
+        size = self.donor.square().mean((1, 2, 3)).clamp_min(torch.finfo(self.donor.dtype).tiny)
+        return (self.own - self.donor).square().mean((1, 3)) / size[:, None]
+
+
+def _of_linear_heads(mixer: HybridMixer, output: Tensor) -> Tensor:
+    """[B, H, T, E] of all heads as [B, h, P, E]."""
+    output = mixer.of_linear_heads(output)[:, :, :-1]
+    return output.to(accumulation_dtype(output.dtype))
+
+
+def reading_mixers(model: nn.Module) -> list[HybridMixer]:
+    """The layers whose linear branch is asked.
+
+    Raises:
+        ConversionError: none has one.
+    """
+    found = rivals(converted_mixers(model))
+    if not found:
+        raise ConversionError(
+            "expected a layer with a window and a linear branch, as the objective far-reads compares what "
+            "linear branches read: leave it out where all layers have windows only."
+        )
+    return found
+
+
+@contextmanager
+def donor_outputs(model: nn.Module) -> Generator[dict[int, Tensor]]:
+    """The donor's output in heads with a linear branch, by layer, whenever the donor itself runs in the block."""
+    asked, found = set(reading_mixers(model)), dict[int, Tensor]()
+
+    def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        if mixer in asked and mixer.mode.kind == "softmax":
+            found[mixer.layer_idx] = _of_linear_heads(mixer, output).detach()
+
+    with observe(model, observer, also=True):
+        yield found
+
+
+@contextmanager
+def linear_inputs(model: nn.Module) -> Generator[dict[int, LayerInputs]]:
+    """What the layers asked get in the hybrid's own pass, by layer, with gradients."""
+    asked, found = set(reading_mixers(model)), dict[int, LayerInputs]()
+
+    def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        if mixer in asked:
+            found.setdefault(mixer.layer_idx, inputs)
+
+    with observe(model, observer, also=True):
+        yield found
+
+
+def reads_of(model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[int, Tensor]) -> list[Reads]:
+    """What linear branches read of such inputs, beside the donor's outputs.
+
+    To be called after the pass, not by an observer in it: where activations are recomputed, a pass that does
+    more than its repetition is refused by torch.
+    """
+    found = list[Reads]()
+    for mixer in reading_mixers(model):
+        inputs, donor = seen[mixer.layer_idx], wanted[mixer.layer_idx]
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            own = _of_linear_heads(mixer, mixer.hybrid(inputs, branches=ALONE)[0])
+        found.append(Reads(own, donor.to(own.device)))
+    return found
