@@ -63,7 +63,7 @@ def reading_mixers(model: nn.Module) -> list[HybridMixer]:
 
 @contextmanager
 def donor_outputs(model: nn.Module) -> Generator[dict[int, Tensor]]:
-    """The donor's output in heads with a linear branch, by layer, whenever the donor itself runs in the block."""
+    """The donor's output in heads with a linear branch, by layer, whenever the donor itself runs inside."""
     asked, found = set(reading_mixers(model)), dict[int, Tensor]()
 
     def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
