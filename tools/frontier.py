@@ -210,7 +210,8 @@ def shared_out(
         return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
     own = json.dumps([settings.linear_share, settings.elsewhere], sort_keys=True)
-    found = searched(at, f"{bytes_} bytes, {head} a linear head, {own}", search)
+    shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
+    found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}", search)
     if evenly:
         layers = [hybrid.model_copy(update=own) for own in found["per_layer"].values()]
         linear = sum(

@@ -37,7 +37,7 @@ class HybridConfig(Settings):
     feature_dim: int | None = Field(default=None, ge=1)
     """Feature dimension itself, for states smaller than head_dim; feature_multiple says it where null."""
     map_heads: Literal["query", "key_value"] = "query"
-    """One key map per query head, or per key/value head (a state H/Hkv times smaller)."""
+    """One key map and state per query head, or per key/value head (a state H/Hkv times smaller)."""
     sinks: int = Field(default=0, ge=0)
     """The first so many tokens join every window."""
     layers: Literal["global", "all"] | tuple[int, ...] = "global"
@@ -48,7 +48,7 @@ class HybridConfig(Settings):
     place of k . w, which sees how long a key is."""
     linear_heads: tuple[int, ...] | None = None
     """Query heads that have the linear branch, and a state; the others attend to their window only. All where
-    null."""
+    null. With map_heads key_value, all that share a key/value head, or none of them."""
     head_windows: tuple[int, ...] | None = None
     """A window for each key/value head, none longer than ``window``; ``window`` in all of them where null."""
     state_update: Literal["additive", "delta"] = "additive"
@@ -80,10 +80,8 @@ class HybridConfig(Settings):
         if self.window is None or self.feature_map is None:
             raise ValueError("linear_heads needs both branches: the other heads have a window only")
         mixings = ("convex", "competing", "calibrated")
-        if self.mixing not in mixings or not self.overlap or self.map_heads != "query":
-            raise ValueError(
-                "linear_heads needs mixing convex, competing or calibrated, overlap true, map_heads query"
-            )
+        if self.mixing not in mixings or not self.overlap:
+            raise ValueError("linear_heads needs mixing convex, competing or calibrated, overlap true")
         return self
 
     @model_validator(mode="after")
@@ -106,10 +104,8 @@ class HybridConfig(Settings):
         if self.state_update == "additive" or self.feature_map is None:
             return self
         mixings = ("convex", "competing")
-        if self.window is None or self.mixing not in mixings or not self.overlap or self.map_heads != "query":
-            raise ValueError(
-                "state_update delta needs a window, mixing convex or competing, overlap true, map_heads query"
-            )
+        if self.window is None or self.mixing not in mixings or not self.overlap:
+            raise ValueError("state_update delta needs a window, mixing convex or competing, overlap true")
         return self
 
     def features(self, head_dim: int) -> int:

@@ -42,9 +42,19 @@ MEANS: dict[int, Any] = {
     1: {**DELTA[1], "mixing": "competing", "feature_map": "dpfp", "write_gate": "quadratic"},
 }  # fmt: skip
 """States of one feature, as the recipe equipoise has them beside the delta rule."""
+SHARED: dict[int, Any] = {
+    0: {**MEANS[0], "map_heads": "key_value"},
+    1: {**MEANS[1], "map_heads": "key_value", "linear_heads": (2, 3)},
+}
+"""One state for the query heads that share a key/value head."""
+SHARED_SUMS: dict[int, Any] = {
+    0: {"window": 4, "sinks": 2, "map_heads": "key_value", "linear_heads": (0, 1)},
+    1: {"map_heads": "key_value", "linear_heads": (0, 1, 2, 3), "head_windows": (6, 2)},
+}
 WAYS = pytest.mark.parametrize(
-    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA, MEANS], ids=["layers", "heads", "delta", "means"]
-)
+    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA, MEANS, SHARED, SHARED_SUMS],
+    ids=["layers", "heads", "delta", "means", "shared", "shared-sums"],
+)  # fmt: skip
 TOKENS = random_tokens(2, 40)
 
 
@@ -310,3 +320,24 @@ def test_layers_and_heads_that_are_not_there() -> None:
             tiny_model(),
             HybridConfig(window=6, linear_heads=(0,), per_layer={0: {"head_windows": (6, 6, 2)}}),
         )
+
+
+@pytest.mark.parametrize("own", [SHARED, SHARED_SUMS], ids=["delta", "sums"])
+def test_a_shared_state_is_that_of_like_key_maps(own: dict[int, Any]) -> None:
+    """A model with a key map for each query head, those of a group the same: as much output, more state."""
+    shared = converted(per_layer=own)
+    apart = converted(per_layer={i: {**of, "map_heads": "query"} for i, of in own.items()})
+    for few, many in zip(mixers_of(shared), mixers_of(apart), strict=True):
+        assert few.states * 2 == many.states == few.linear_heads
+        theirs = dict(many.named_parameters())
+        for name, parameter in few.named_parameters():
+            repeats = 2 if name.startswith("phi_k") else 1
+            theirs[name].data.copy_(parameter.data.repeat_interleave(repeats, 0))
+    torch.testing.assert_close(logits(shared), logits(apart))
+    assert state_bytes(shared) < state_bytes(apart)
+
+
+def test_heads_that_share_a_state_have_it_together() -> None:
+    settings = HybridConfig(window=6, map_heads="key_value", linear_heads=(1, 2))
+    with pytest.raises(ConfigError, match=r"linear_heads: expected all 2 query heads .* got heads \[1, 2\]"):
+        hybridize(tiny_model(), settings)

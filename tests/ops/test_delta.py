@@ -51,6 +51,41 @@ def test_equals_the_recurrence(masked: str, chunk: int) -> None:
     torch.testing.assert_close(state.linear_state, sums, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("masked", MASKS)
+def test_query_heads_that_share_a_state(masked: str) -> None:
+    """As if every query head had keys, values and a state of its own; gradients and resumed calls too."""
+    _, k, v, _, phi_k = drawn()
+    q, phi_q = (torch.cat([x, 2 * x.flip(1)], 1) for x in (drawn()[0], drawn()[3]))
+    leaves = [x.clone().requires_grad_() for x in (v, phi_q, phi_k)]
+    own_k, own_v, own_phi_k = (x.repeat_interleave(2, 1) for x in (k, leaves[0], leaves[2]))
+    expected, states = delta_attention(
+        q, own_k, own_v, leaves[1], own_phi_k, chunk_size=8, output_final_state=True, **MASKS[masked]
+    )
+    weights = torch.rand(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad((expected * weights).sum(), leaves)
+    got, state = delta_attention(q, k, *leaves, chunk_size=16, output_final_state=True, **MASKS[masked])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    for ours, theirs in zip(torch.autograd.grad((got * weights).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    assert state is not None
+    assert states is not None
+    assert state.linear_state is not None
+    assert states.linear_state is not None
+    torch.testing.assert_close(state.linear_state, states.linear_state[:, ::2], rtol=1e-10, atol=1e-11)
+    halves = [
+        {name: mask[:, part] for name, mask in MASKS[masked].items()}
+        for part in (slice(0, 20), slice(20, None))
+    ]
+    with torch.no_grad():
+        first, kept = delta_attention(
+            *(x[:, :, :20] for x in (q, k, v, phi_q, phi_k)), output_final_state=True, **halves[0]
+        )
+        second, _ = delta_attention(
+            *(x[:, :, 20:] for x in (q, k, v, phi_q, phi_k)), initial_state=kept, **halves[1]
+        )
+    torch.testing.assert_close(torch.cat([first, second], 2), expected.detach(), rtol=1e-10, atol=1e-11)
+
+
 def test_float32() -> None:
     q, k, v, phi_q, phi_k = drawn()
     expected, _ = delta_rule(phi_q, phi_k, v)
@@ -146,7 +181,7 @@ def test_padding_belongs_to_no_segment() -> None:
 
 def test_arguments_that_do_not_fit() -> None:
     q, k, v, phi_q, phi_k = drawn()
-    with pytest.raises(ValueError, match="of the same heads and tokens"):
+    with pytest.raises(ValueError, match="k and v of the same heads"):
         check_delta(q, k, v[:, :1], None, None, None)
     with pytest.raises(ValueError, match=r"key_mask of shape \[2, 37\], got \[2, 3\]"):
         check_delta(q, k, v, torch.ones(B, 3, dtype=torch.bool), None, None)

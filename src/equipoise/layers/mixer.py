@@ -19,7 +19,7 @@ from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
 from equipoise.ops.eviction import Eviction, evicting_attention
-from equipoise.ops.head_subset import heads_of, subset_attention
+from equipoise.ops.head_subset import heads_of, read_by, subset_attention
 from equipoise.ops.head_windows import head_windows_attention
 from equipoise.ops.mix import SCORED_RULES
 
@@ -190,10 +190,12 @@ class HybridMixer(nn.Module):
             )
         if config.feature_map is not None:
             feature_map, features = FEATURE_MAPS[config.feature_map], config.features(head_dim)
-            count = heads if config.linear_heads is None else len(config.linear_heads)
-            self.phi_q = feature_map(count, head_dim, features)
-            key_maps = count if config.map_heads == "query" else kv_heads
-            self.phi_k = feature_map(key_maps, head_dim, features).for_keys()
+            try:
+                read_by(self.linear_indices, heads // kv_heads, config.map_heads)
+            except ValueError as error:
+                raise ConfigError(f"linear_heads: {error}") from None
+            self.phi_q = feature_map(self.linear_heads, head_dim, features)
+            self.phi_k = feature_map(self.states, head_dim, features).for_keys()
             if config.state_update == "delta" and not feature_map.unit_length:
                 fitting = ", ".join(name for name in FEATURE_MAPS if FEATURE_MAPS[name].unit_length)
                 raise ConfigError(
@@ -306,6 +308,12 @@ class HybridMixer(nn.Module):
         """How many query heads have a linear branch, where the layer has one."""
         return len(self.linear_indices)
 
+    @property
+    def states(self) -> int:
+        """How many states the layer's linear branch has: one a linear head, or one for all that share a
+        key/value head."""
+        return len(read_by(self.linear_indices, self.heads // self.kv_heads, self.config.map_heads))
+
     def of_linear_heads(self, values: Tensor) -> Tensor:
         """[B, H, ...] of all query heads as [B, h, ...] of those with a linear branch."""
         heads = self.config.linear_heads
@@ -325,7 +333,7 @@ class HybridMixer(nn.Module):
         if self.config.linear_heads is None:
             return inputs
         heads = self.config.linear_heads
-        q, k, v = heads_of(heads, inputs.q, inputs.k, inputs.v)
+        q, k, v = heads_of(heads, inputs.q, inputs.k, inputs.v, self.config.map_heads)
         sinks = None if inputs.sink_logits is None else inputs.sink_logits[list(heads)]
         return replace(inputs, q=q, k=k, v=v, sink_logits=sinks)
 
@@ -368,7 +376,8 @@ class HybridMixer(nn.Module):
         if head_windows is not None:
             return head_windows_attention(
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
-                heads=linear_heads or (), mixing=config.mixing, update=config.state_update, **common,
+                heads=linear_heads or (), map_heads=config.map_heads, mixing=config.mixing,
+                update=config.state_update, **common,
             )  # fmt: skip
         if linear_heads is not None or (config.state_update == "delta" and phi_q is not None):
             assert phi_q is not None
@@ -381,6 +390,7 @@ class HybridMixer(nn.Module):
                 phi_q,
                 phi_k,
                 heads=self.linear_indices,
+                map_heads=config.map_heads,
                 window=window,
                 mixing=config.mixing,
                 update=config.state_update,

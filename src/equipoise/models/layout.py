@@ -163,9 +163,7 @@ def state_bytes(model: nn.Module) -> int:
         tokens = sum(windows) * (2 if config.layout == "terraced" else 1) + config.sinks * mixer.kv_heads
         total += 2 * tokens * size * KV_BYTES
         if config.feature_map is not None:
-            heads = mixer.heads if config.map_heads == "query" else mixer.kv_heads
-            heads = heads if config.linear_heads is None else len(config.linear_heads)
-            total += heads * linear_head_bytes(config, size)
+            total += mixer.states * linear_head_bytes(config, size)
     return total
 
 

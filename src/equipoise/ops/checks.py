@@ -124,10 +124,11 @@ def check_delta(
     state: AttentionState | None,
 ) -> None:  # fmt: skip
     """Raise a ValueError where the arguments of `delta_attention` do not fit together."""
-    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+    alike = q[:, :1].shape == k[:, :1].shape and k.shape[:3] == v.shape[:3]
+    if not alike or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"expected q, k and v of the same heads and tokens, got {list(q.shape)}, {list(k.shape)} and "
-            f"{list(v.shape)}."
+            "expected q, k and v of the same tokens, and k and v of the same heads, which divide those of q; "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
         )
     for name, tensor in (("key_mask", key_mask), ("segment_ids", segment_ids)):
         if tensor is not None and tensor.shape != (q.shape[0], q.shape[2]):
@@ -140,9 +141,9 @@ def check_delta(
         raise ValueError(
             "expected initial_state of the delta rule: one with a linear state and no normaliser."
         )
-    if state.linear_state.shape[:2] != q.shape[:2]:
+    if state.linear_state.shape[:2] != k.shape[:2]:
         raise ValueError(
-            f"expected initial_state of {list(q.shape[:2])} rows and heads, got "
+            f"expected initial_state of {list(k.shape[:2])} rows and heads, got "
             f"{list(state.linear_state.shape[:2])}."
         )
     if (state.folded_segment is None) != (segment_ids is None):

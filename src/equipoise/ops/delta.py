@@ -1,6 +1,7 @@
 """The delta rule: linear attention whose state forgets what it says of a key before it takes in the value.
 
-Shapes follow the legend in `equipoise.ops.types`; h heads of q, k and v alike.
+Shapes follow the legend in `equipoise.ops.types`; h heads of q, and N of k and v, which divide h: each of
+them, and its state, is shared by h / N consecutive query heads.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ SHORTEST = 1e-12
 
 def delta_attention(
     q: Float[Tensor, "B h T D"],
-    k: Float[Tensor, "B h T D"],
-    v: Float[Tensor, "B h T E"],
+    k: Float[Tensor, "B N T D"],
+    v: Float[Tensor, "B N T E"],
     phi_q: Float[Tensor, "B h T F"] | FeatureMapLike,
-    phi_k: Float[Tensor, "B h T F"] | FeatureMapLike,
+    phi_k: Float[Tensor, "B N T F"] | FeatureMapLike,
     *,
     key_mask: Bool[Tensor, "B T"] | None = None,
     segment_ids: Int[Tensor, "B T"] | None = None,
@@ -36,12 +37,13 @@ def delta_attention(
     """o_t = S_t^T phi(q_t), where S_t = S_{t-1} + b_t u_t (v_t - S_{t-1}^T u_t)^T and b_t u_t = phi(k_t).
 
     u_t has length 1 and b_t, the length of phi(k_t), says how much of what S answers to the key is replaced
-    by the value: 1 all of it, 0 nothing. There is no normaliser: S alone is the state, F x E numbers a head.
-    Where additive states mix the values of keys that look alike, this one holds as many keys exactly as it
-    has features. Chunks of tokens are one triangular system each, so that only chunks follow one another.
+    by the value: 1 all of it, 0 nothing. There is no normaliser: S alone is the state, F x E numbers for each
+    head of k. Where additive states mix the values of keys that look alike, this one holds as many keys
+    exactly as it has features. Chunks of tokens are one triangular system each, so that only chunks follow
+    one another.
 
     Args:
-        q, k, v: after rotary embedding, with as many heads each.
+        q, k, v: after rotary embedding.
         phi_q, phi_k: features, or maps. phi(k) no longer than 1; beyond 2 the state grows without bound.
         key_mask: True for real tokens; others write nothing, and their output is 0.
         segment_ids: id >= 0 of the sequence of each token, one run of tokens per id; no query looks across.
@@ -73,22 +75,24 @@ def _run(
     queries, keys = (
         phi.to(dtype) if isinstance(phi, Tensor) else phi(x.to(dtype)) for phi, x in ((phi_q, q), (phi_k, k))
     )
+    shared = queries.shape[1] // k.shape[1]
+    queries = queries.unflatten(1, (-1, shared))  # [B, N, h / N, T, F]
     keys, values = _clean(keys, key_mask), v.to(dtype)
     units = keys / keys.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
     segments, last = _segments(key_mask, segment_ids, state, q)
     sums = None if state is None else state.linear_state
     if sums is None:
-        sums = queries.new_zeros(*queries.shape[:2], queries.shape[-1], values.shape[-1])
+        sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
     outs: list[Tensor] = []
     for start in range(0, length, chunk_size):
         part = slice(start, start + chunk_size)
         own = None if segments is None else segments[:, part]
         out, sums = _chunk(
-            queries[:, :, part], keys[:, :, part], units[:, :, part], values[:, :, part], sums, own, last
+            queries[:, :, :, part], keys[:, :, part], units[:, :, part], values[:, :, part], sums, own, last
         )
         last = None if own is None else own[:, -1]
         outs.append(out)
-    out = _clean(torch.cat(outs, 2).to(q.dtype), key_mask)
+    out = _clean(torch.cat(outs, 3).flatten(1, 2).to(q.dtype), key_mask)
     if not keep:
         return out, None
     valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
@@ -105,14 +109,14 @@ def _chunk(
     last: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and S after a chunk. With X the rows that S takes in, (I + tril(K U^T, -1)) X = |K| V - K S."""
-    overlaps, scores = (keys @ units.mT).tril(-1), (queries @ units.mT).tril()
+    overlaps, scores = (keys @ units.mT).tril(-1), (queries @ units.mT[:, :, None]).tril()
     known, read, carried, held = keys, queries, sums, units
     if segments is not None:
         assert last is not None
         same = (segments[:, :, None] == segments[:, None])[:, None]
         earlier = (segments == last[:, None])[:, None, :, None].to(keys.dtype)  # may see what S holds
-        overlaps, scores = overlaps * same, scores * same
-        known, read = keys * earlier, queries * earlier
+        overlaps, scores = overlaps * same, scores * same[:, None]
+        known, read = keys * earlier, queries * earlier[:, None]
         carried = sums * (segments[:, -1] == last)[:, None, None, None]
         held = units * (segments == segments[:, -1:])[:, None, :, None]
     strength = (keys * units).sum(-1, keepdim=True)  # |K|, with a gradient where it is 0
@@ -120,7 +124,8 @@ def _chunk(
         overlaps + torch.eye(keys.shape[2], dtype=keys.dtype, device=keys.device),
         strength * values - known @ sums, upper=False, unitriangular=True,
     )  # fmt: skip
-    return read @ sums + scores @ taken, carried + held.mT @ taken
+    out = read @ sums[:, :, None] + scores @ taken[:, :, None]
+    return out, carried + held.mT @ taken
 
 
 def _clean(tensor: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from equipoise.ops.types import (
     Branches,
     FeatureMapLike,
     Layout,
+    MapHeads,
     StateUpdate,
     accumulation_dtype,
 )
@@ -27,15 +28,39 @@ _LINEAR_FIELDS = (
 )  # fmt: skip
 
 
-def heads_of(heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q of some query heads [B, h, T, D], and the keys and values that each of them reads [B, h, ...]."""
-    index, shared = torch.tensor(heads, device=q.device), _shared(heads, q, k)
+def heads_of(
+    heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor, map_heads: MapHeads = "query"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q of some query heads [B, h, T, D], and the keys and values that each of them reads [B, h, ...].
+
+    With ``map_heads`` key_value the keys and values are those of whole key/value heads, once each.
+    """
+    index = torch.tensor(heads, device=q.device)
+    shared = torch.tensor(read_by(heads, q.shape[1] // k.shape[1], map_heads), device=q.device)
     return q[:, index], k[:, shared], v[:, shared]
 
 
-def _shared(heads: Sequence[int], q: Tensor, k: Tensor) -> Tensor:
-    """Which key/value head each of the query heads reads."""
-    return torch.tensor(heads, device=q.device) // (q.shape[1] // k.shape[1])
+def read_by(heads: Sequence[int], shared: int, map_heads: MapHeads) -> list[int]:
+    """The key/value head that each of some query heads reads, or each that they read, once.
+
+    Args:
+        heads: the query heads.
+        shared: how many query heads share a key/value head.
+        map_heads: ``query`` for one entry a query head, ``key_value`` for one a key/value head.
+
+    Raises:
+        ValueError: once, but only some of those that share a key/value head were chosen.
+    """
+    read = [head // shared for head in heads]
+    if map_heads == "query":
+        return read
+    whole = sorted(set(read))
+    if list(heads) != [head * shared + i for head in whole for i in range(shared)]:
+        raise ValueError(
+            f"expected all {shared} query heads that share a key/value head, or none of them, as their keys "
+            f"are mapped once (map_heads key_value); got heads {list(heads)}."
+        )
+    return whole
 
 
 def subset_attention(
@@ -43,10 +68,11 @@ def subset_attention(
     k: Float[Tensor, "B N T D"],
     v: Float[Tensor, "B N T E"],
     phi_q: Float[Tensor, "B h T F"] | FeatureMapLike,
-    phi_k: Float[Tensor, "B h T F"] | FeatureMapLike,
+    phi_k: Float[Tensor, "B M T F"] | FeatureMapLike,
     *,
     heads: Sequence[int],
     window: int,
+    map_heads: MapHeads = "query",
     mixing: str = "convex",
     update: StateUpdate = "additive",
     layout: Layout = "sliding",
@@ -64,11 +90,13 @@ def subset_attention(
     """`hybrid_attention` over all keys with its linear branch in h of the H heads.
 
     The other heads attend to their window at weight 1, whatever ``branches`` says: there is nothing to
-    compare them with. S and z of the state have h heads.
+    compare them with. S and z of the state have M heads, as many as phi(k).
 
     Args:
         heads: indices of the h query heads, in order.
-        phi_q, phi_k: features, or maps, of those heads.
+        phi_q, phi_k: features, or maps, of those heads; of keys M.
+        map_heads: whether keys are mapped for each of those query heads (M = h), or once for all that share a
+            key/value head, which must then be chosen together.
         update: how S takes in a key: ``additive``, or by the ``delta`` rule (mixing convex or competing).
 
     Other arguments, returns and errors as in `hybrid_attention`.
@@ -81,7 +109,8 @@ def subset_attention(
             sink_logits=sink_logits, initial_state=initial_state, output_final_state=output_final_state,
         )  # fmt: skip
     apart = mixing == "convex" or update == "delta"  # a mean of two results, of which one is there already
-    parts = (None, None) if initial_state is None else _split(initial_state, heads, q.shape[1], apart=apart)
+    read = read_by(heads, q.shape[1] // k.shape[1], map_heads)
+    parts = (None, None) if initial_state is None else _split(initial_state, read, apart=apart)
     common: dict[str, Any] = {
         "key_mask": key_mask, "segment_ids": segment_ids, "output_final_state": output_final_state,
     }  # fmt: skip
@@ -89,11 +118,11 @@ def subset_attention(
         **common, "window": window, "layout": layout, "scale": scale, "softcap": softcap, "sinks": sinks,
     }  # fmt: skip
     near, window_state = window_attention(q, k, v, sink_logits=sink_logits, initial_state=parts[0], **seen)
-    index, chosen = torch.tensor(heads, device=q.device), heads_of(heads, q, k, v)
+    index, chosen = torch.tensor(heads, device=q.device), heads_of(heads, q, k, v, map_heads)
     share = _of_heads(gate, q, index)
     if apart:
         if mixing != "convex":
-            held = None if initial_state is None else _split(initial_state, heads, q.shape[1], apart=False)[1]
+            held = None if initial_state is None else _split(initial_state, read, apart=False)[1]
             logits = None if sink_logits is None else sink_logits[index]
             share = _window_share(chosen[0], chosen[1], share, held, {**seen, "sink_logits": logits})
         attention = delta_attention if update == "delta" else linear_attention
@@ -170,11 +199,11 @@ def _window_share(
 
 
 def _split(
-    state: AttentionState, heads: Sequence[int], total: int, *, apart: bool
+    state: AttentionState, read: Sequence[int], *, apart: bool
 ) -> tuple[AttentionState, AttentionState]:
-    """One state as all heads' windows and the chosen heads'; linear attention apart keeps one token."""
+    """One state as all heads' windows and those of the heads read; linear attention apart keeps one token."""
     window = replace(state, **dict.fromkeys(_LINEAR_FIELDS))
-    index = torch.tensor(heads, device=state.keys.device) // (total // state.keys.shape[1])
+    index = torch.tensor(read, device=state.keys.device)
     if not apart:
         sinks = [None if t is None else t[:, index] for t in (state.sink_keys, state.sink_values)]
         chosen = {"keys": state.keys[:, index], "values": state.values[:, index]}

@@ -11,9 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equipoise.ops.head_subset import flags_of, heads_of, subset_attention
+from equipoise.ops.head_subset import flags_of, heads_of, read_by, subset_attention
 from equipoise.ops.hybrid import window_attention
-from equipoise.ops.types import AttentionState, Branches, FeatureMapLike, StateUpdate, accumulation_dtype
+from equipoise.ops.types import (
+    AttentionState,
+    Branches,
+    FeatureMapLike,
+    MapHeads,
+    StateUpdate,
+    accumulation_dtype,
+)
 
 
 def window_groups(windows: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -27,10 +34,11 @@ def head_windows_attention(
     k: Float[Tensor, "B N T D"],
     v: Float[Tensor, "B N T E"],
     phi_q: Float[Tensor, "B h T F"] | FeatureMapLike | None,
-    phi_k: Float[Tensor, "B h T F"] | FeatureMapLike | None,
+    phi_k: Float[Tensor, "B M T F"] | FeatureMapLike | None,
     *,
     windows: Sequence[int],
     heads: Sequence[int] = (),
+    map_heads: MapHeads = "query",
     mixing: str = "convex",
     update: StateUpdate = "additive",
     gate: float | Tensor = 0.5,
@@ -52,7 +60,7 @@ def head_windows_attention(
     Args:
         windows: tokens of each key/value head's window [N].
         heads: indices of the query heads that have a linear branch, in order; none if empty.
-        phi_q, phi_k: features, or maps, of those heads.
+        phi_q, phi_k, map_heads: features, or maps, of those heads, as in `subset_attention`.
 
     Other arguments and returns as in `hybrid_attention`.
 
@@ -66,7 +74,8 @@ def head_windows_attention(
     states = _states_of(initial_state, len(groups))
     own = [[head * shared + i for head in chosen for i in range(shared)] for _, chosen in groups]
     if heads and not any(set(heads) <= set(members) for members in own):
-        phi_q, phi_k = _features(q, k, v, phi_q, phi_k, heads)  # a map knows all of its heads or none
+        # a map knows all of its heads or none
+        phi_q, phi_k = _features(*heads_of(heads, q, k, v, map_heads)[:2], phi_q, phi_k)
     common: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "key_mask": key_mask, "segment_ids": segment_ids, "sinks": sinks,
         "output_final_state": output_final_state,
@@ -81,9 +90,11 @@ def head_windows_attention(
         }  # fmt: skip
         linear = [place for place, head in enumerate(heads) if head in members]
         if linear:
+            own_heads = [members.index(heads[place]) for place in linear]
+            keys = linear if map_heads == "query" else read_by(linear, shared, map_heads)
             out, state = subset_attention(
-                *parts, _of_places(phi_q, linear), _of_places(phi_k, linear),
-                heads=[members.index(heads[place]) for place in linear], mixing=mixing, update=update,
+                *parts, _of_places(phi_q, linear), _of_places(phi_k, keys),
+                heads=own_heads, map_heads=map_heads, mixing=mixing, update=update,
                 gate=gate.expand(*q.shape[:3])[:, index] if isinstance(gate, Tensor) else gate,
                 branches=flags_of(branches or Branches(), index), **settings,
             )  # fmt: skip
@@ -113,13 +124,10 @@ def _joined(states: Sequence[AttentionState | None]) -> AttentionState | None:
     return replace(known[0], others=tuple(known[1:])) if known else None
 
 
-def _features(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, heads: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _features(queries: Tensor, keys: Tensor, phi_q: Any, phi_k: Any) -> tuple[Tensor, Tensor]:
     """Features of all linear heads as tensors, in the dtype that sums run in."""
-    queries, keys, _ = heads_of(heads, q, k, v)
-    dtype = accumulation_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    dtype = accumulation_dtype(queries.dtype)
+    with torch.autocast(queries.device.type, enabled=False):
         found = [
             phi if isinstance(phi, Tensor) else phi(x.to(dtype))
             for phi, x in ((phi_q, queries), (phi_k, keys))

@@ -19,6 +19,7 @@ from torch import Tensor
 Layout = Literal["sliding", "terraced"]
 Reading = Literal["literal", "renormalised"]
 StateUpdate = Literal["additive", "delta"]
+MapHeads = Literal["query", "key_value"]
 FeatureMapLike = Callable[[Tensor], Tensor]
 """Maps a block [B, heads, t, D] to features [B, heads', t, F]; applied block by block."""
 

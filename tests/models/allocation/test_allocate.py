@@ -158,6 +158,32 @@ class TestAllocate:
                 assert mixer.has_both == bool(heads)
                 assert list(mixer.config.linear_heads or ()) == heads
 
+    def test_heads_that_share_a_state_are_chosen_together(self, rows: dict[str, Tensor]) -> None:
+        shared = HYBRID.model_copy(update={"map_heads": "key_value"})
+        apart = allocate(donor(), rows, HYBRID, SETTINGS)
+        found = allocate(donor(), rows, shared, SETTINGS)
+        assert any(found.linear_heads)
+        for heads in found.linear_heads:
+            assert heads == sorted({head // 2 * 2 + i for head in heads for i in range(2)})
+        assert sum(map(len, found.linear_heads)) >= sum(map(len, apart.linear_heads))  # each costs half
+        assert found.state_bytes == state_bytes(hybridize(donor(), found.hybrid)) <= found.budget
+
+    def test_means_of_shared_states_cost_half(self, rows: dict[str, Tensor]) -> None:
+        model = donor()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.zero_()
+        means = {"feature_map": "constant", "feature_dim": 1, "mixing": "calibrated"}
+        found: dict[str, Any] = {}
+        for way in ("query", "key_value"):
+            hybrid = HYBRID.model_copy(update={"map_heads": way})
+            settings = SETTINGS.model_copy(update={"elsewhere": means, "state_bytes": 3_000})
+            found[way] = allocate(model, rows, hybrid, settings)
+            converted = hybridize(donor(), found[way].hybrid)
+            assert found[way].state_bytes == state_bytes(converted) <= found[way].budget
+        first = [of.hybrid.for_layer(0) for of in found.values()]
+        assert [of.map_heads for of in first] == ["query", "key_value"]
+        assert [of.linear_heads for of in first] == [(0, 1, 2, 3)] * 2
+
     def test_no_window_is_longer_than_the_rows(self, rows: dict[str, Tensor]) -> None:
         found = allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update={"state_bytes": 100_000}))
         assert max(map(max, found.windows)) <= 20

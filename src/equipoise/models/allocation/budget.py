@@ -143,9 +143,10 @@ def _allocate(
 ) -> Allocation:
     mixers = converted_mixers(model)
     costs, count = _costs(mixers, hybrid, elsewhere), sum(mixer.kv_heads for mixer in mixers)
-    query_heads = [mixer.heads for mixer in mixers]
+    sharing = [_sharing(mixer, hybrid) for mixer in mixers]
+    means = [0 if elsewhere is None else mixer.heads // _sharing(mixer, elsewhere) for mixer in mixers]
     budget = budget_of(model, hybrid, settings)
-    floor = costs.windows([settings.smallest_window] * count) + costs.elsewhere * sum(query_heads)
+    floor = costs.windows([settings.smallest_window] * count) + costs.elsewhere * sum(means)
     if budget < floor + costs.head:
         raise ConfigError(
             f"expected a state of at least {floor + costs.head:,} bytes (windows of "
@@ -160,8 +161,15 @@ def _allocate(
     if max(map(max, importance)) <= 0:  # rows too short to look past even windows
         importance = [[sum(values) for values in row] for row in worth]
     most = max(1, min(int(settings.linear_share * budget), budget - floor) // costs.head)
-    heads = chosen_heads(importance, most=most, least_share=settings.least_importance)
-    linear = costs.linear(heads, query_heads)
+    # heads that share a state are chosen together
+    chosen = chosen_heads(
+        [_summed(row, by) for row, by in zip(importance, sharing, strict=True)],
+        most=most, least_share=settings.least_importance,
+    )  # fmt: skip
+    linear = costs.linear(chosen, means)
+    heads = [
+        [unit * by + i for unit in of for i in range(by)] for of, by in zip(chosen, sharing, strict=True)
+    ]
     tokens = _tokens_left(budget - linear, costs, count)
     curves = [
         curve_of(total, sizes)
@@ -209,6 +217,15 @@ def _costs(mixers: Sequence[Any], hybrid: HybridConfig, elsewhere: HybridConfig 
     return Costs(
         token=2 * size * KV_BYTES, head=linear_head_bytes(hybrid, size), sinks=hybrid.sinks, elsewhere=others
     )
+
+
+def _sharing(mixer: Any, config: HybridConfig) -> int:
+    """Query heads that share a state."""
+    return mixer.heads // mixer.kv_heads if config.map_heads == "key_value" else 1
+
+
+def _summed(values: Sequence[float], by: int) -> list[float]:
+    return [sum(values[start : start + by]) for start in range(0, len(values), by)]
 
 
 def _tokens_left(budget: int, costs: Costs, heads: int) -> int:

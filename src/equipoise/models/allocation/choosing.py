@@ -23,9 +23,9 @@ class Costs:
 
     Attributes:
         token: of one more token in one head's window: its K and V.
-        head: of one head's linear branch: S and z.
+        head: of one state of a linear branch: S and z.
         sinks: tokens that join every window and are paid for too.
-        elsewhere: of the linear branch of a head in a layer without chosen heads.
+        elsewhere: of one state in a layer without chosen heads.
     """
 
     token: int
@@ -38,7 +38,7 @@ class Costs:
         return self.token * sum(window + self.sinks for window in tokens)
 
     def linear(self, chosen: Sequence[Sequence[int]], heads: Sequence[int]) -> int:
-        """Of all linear branches: by layer, the heads that were chosen, and how many heads it has."""
+        """Of all linear branches: by layer, the states chosen, and how many it has elsewhere if none is."""
         return sum(
             self.head * len(of) if of else self.elsewhere * count
             for of, count in zip(chosen, heads, strict=True)
