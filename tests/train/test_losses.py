@@ -89,13 +89,31 @@ class TestObjectives:
         own, donor = (torch.randn(2, 3, 5, 4, generator=generator, dtype=F64) for _ in range(2))
         lost = relative_entropy(seen.references[DONOR], seen.references[WINDOWED_DONOR])
         weight = torch.where(seen.targets == IGNORED_LABEL, 0.0, lost.square())
-        error = ((own - donor).square().sum((1, 3)) / 12) / donor.square().sum((1, 2, 3))[:, None] * 60
-        expected = weight / (weight.sum(1, keepdim=True) / 5) * error
-        asked = replace(seen, reads=[Reads(own, donor)])
-        found = FINETUNE_OBJECTIVES["far-reads"].per_token(asked)
+        weight = weight / (weight.sum(1, keepdim=True) / 5)
+        expected = torch.zeros(2, 5, dtype=F64)
+        for b in range(2):
+            for h in range(3):
+                alike, size = (
+                    sum(weight[b, t] * own[b, h, t] @ to[b, h, t] for t in range(5)) for to in (donor, own)
+                )
+                scale = min(max(float(alike / size), 0.1), 10.0)  # one below, where reads point elsewhere
+                error = (scale * own[b, h] - donor[b, h]).square().mean(-1) / donor[b].square().mean()
+                expected[b] += weight[b] * error / 3
+        found = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(own, donor)]))
         torch.testing.assert_close(found, expected)
-        twice = replace(seen, reads=[Reads(own, donor), Reads(donor, donor)])
+        twice = replace(seen, reads=[Reads(own, donor), Reads(3 * donor, donor)])
         torch.testing.assert_close(FINETUNE_OBJECTIVES["far-reads"].per_token(twice), expected / 2)
+
+    def test_how_loud_reads_are_is_not_asked(self) -> None:
+        seen, generator = predictions(), torch.Generator().manual_seed(3)
+        own, donor = (torch.randn(2, 3, 5, 4, generator=generator, dtype=F64) for _ in range(2))
+        own = (own + donor).requires_grad_()
+        error = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(own, donor)]))
+        louder = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(2 * own, donor)]))
+        torch.testing.assert_close(error, louder)
+        (grad,) = torch.autograd.grad(error.sum(), own)
+        # along what would make all reads of one head of one row larger
+        torch.testing.assert_close((grad * own).sum((2, 3)), torch.zeros(2, 3, dtype=F64))
 
     def test_a_perfect_hybrid_has_nothing_to_learn_from_the_donor(self) -> None:
         seen = predictions()

@@ -123,7 +123,7 @@ def far_distillation(predictions: Predictions) -> Tensor:
 
 @finetune_objective("far-reads", needs=(DONOR, WINDOWED_DONOR), reads=True)
 def far_reads(predictions: Predictions) -> Tensor:
-    """Squared error from the donor's attention output to linear attention alone, in heads that look far.
+    """Squared error from the donor's attention output to linear attention alone, up to a factor per head.
 
     In units of that output's mean square, each token weighted by the square of what windows lose there, over
     the mean of its row. Lookups lose several nats and text a few tenths, but there is a hundred times as much
@@ -132,7 +132,7 @@ def far_reads(predictions: Predictions) -> Tensor:
     """
     squares = predictions.astray.square() * (predictions.targets != IGNORED_LABEL)
     weights = squares / squares.mean(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
-    return weights * torch.stack([reads.error() for reads in predictions.reads]).mean(0)
+    return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
 
 
 @torch.no_grad()

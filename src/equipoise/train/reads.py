@@ -20,6 +20,8 @@ from equipoise.ops import Branches
 from equipoise.ops.types import accumulation_dtype
 
 ALONE = Branches(window=False, reading="renormalised")
+LARGEST_SCALE = 10.0
+"""Of reads, and one over it the smallest."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,20 @@ class Reads:
     own: Float[Tensor, "B h P E"]
     donor: Float[Tensor, "B h P E"]
 
-    def error(self) -> Float[Tensor, "B P"]:
-        """Squared error, mean over heads and E, over the mean square of the row's donor output."""
-        size = self.donor.square().mean((1, 2, 3)).clamp_min(torch.finfo(self.donor.dtype).tiny)
-        return (self.own - self.donor).square().mean((1, 3)) / size[:, None]
+    def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
+        """Squared error at the best scale, mean over heads and E, over the mean square of the row's donor output.
+
+        A row's reads of one head may all be larger or smaller by one factor, which has no gradient: how loudly
+        a head says what it found is for what listens to it, and there the hybrid may want more of it than the
+        donor, whose other heads say the same.
+        """
+        of_rows = weights[:, None, :, None]
+        alike = (of_rows * self.own * self.donor).sum((2, 3), keepdim=True)
+        size = (of_rows * self.own.square()).sum((2, 3), keepdim=True)
+        tiny = torch.finfo(self.donor.dtype).tiny
+        scale = (alike / size.clamp_min(tiny)).clamp(1 / LARGEST_SCALE, LARGEST_SCALE).detach()
+        mean_square = self.donor.square().mean((1, 2, 3)).clamp_min(tiny)
+        return (scale * self.own - self.donor).square().mean((1, 3)) / mean_square[:, None]
 
 
 def _of_linear_heads(mixer: HybridMixer, output: Tensor) -> Tensor:
