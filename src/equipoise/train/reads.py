@@ -37,10 +37,10 @@ class Reads:
     donor: Float[Tensor, "B h P E"]
 
     def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
-        """Squared error at the best scale, mean over heads and E, over the mean square of the row's donor output.
+        """Squared error at the best scale, mean over heads and E, over the donor's mean square in that row.
 
-        A row's reads of one head may all be larger or smaller by one factor, which has no gradient: how loudly
-        a head says what it found is for what listens to it, and there the hybrid may want more of it than the
+        A row's reads of one head may all be larger or smaller by one factor, which has no gradient: how loud a
+        head says what it found is for what listens to it, and there the hybrid may want more of it than the
         donor, whose other heads say the same.
         """
         of_rows = weights[:, None, :, None]
