@@ -39,7 +39,7 @@ class Reads:
     def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         """Squared error at the best scale, mean over heads and E, over the donor's mean square in that row.
 
-        A row's reads of one head may all be larger or smaller by one factor, which has no gradient: how loud a
+        A row's reads of one head may all be larger or smaller by one factor, without gradient: how loud a
         head says what it found is for what listens to it, and there the hybrid may want more of it than the
         donor, whose other heads say the same.
         """
