@@ -94,6 +94,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "reads": READS,
     "reads-narrow": {**READS, "hybrid": {"feature_multiple": 1}},
     "reads-wide": {**READS, "hybrid": {"feature_multiple": 4}, "allocation": {"heads": 2}},
+    "tri": {**READS, "hybrid": {"feature_map": "trilinear"}},
+    "tri-narrow": {**READS, "hybrid": {"feature_map": "trilinear", "feature_multiple": 1}},
     "reads-two": {**READS, "allocation": {"heads": 2}},
     "far-output": {"transfer": FAR_OUTPUT},
     "far-output-half": {"transfer": {**FAR_OUTPUT, "learning_rate": 3e-2}},

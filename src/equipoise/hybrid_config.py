@@ -53,7 +53,8 @@ class HybridConfig(Settings):
     """A window for each key/value head, none longer than ``window``; ``window`` in all of them where null."""
     state_update: Literal["additive", "delta"] = "additive"
     """How the state takes in a key: additive (linear attention), or by the delta rule, which first removes
-    what the state says of that key. delta needs a window beside it, and the feature map unit or dpfp."""
+    what the state says of that key. delta needs a window beside it, and a feature map of length 1:
+    trilinear, dpfp or unit."""
     per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 

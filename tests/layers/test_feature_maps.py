@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from equipoise.config import HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS, FeatureMap
@@ -141,16 +142,44 @@ def test_products_of_neighbours(features: int) -> None:
     assert torch.equal(keys(x.double()), made("dpfp", features=features)(x))  # queries and keys start alike
 
 
+@pytest.mark.parametrize("features", [DIM // 2, DIM, 2 * DIM])
+def test_products_of_three(features: int) -> None:
+    phi, x = made("trilinear", features=features), normal(2, 4, 5, DIM)
+    with torch.no_grad():
+        phi.log_scale.fill_(0.3)
+    a, b, c = (torch.stack([x[0, 1, 2] @ w for w in part.T]) for part in phi.weight[1].split(features, -1))
+    expected = a * b * c / (a * b * c).norm() * torch.tensor(0.3).exp()
+    torch.testing.assert_close(phi(x)[0, 1, 2], expected)
+    keys = made("trilinear", features=features).for_keys()
+    assert keys.log_scale is None
+    assert torch.equal(keys(x), made("trilinear", features=features)(x))  # queries and keys start alike
+    torch.testing.assert_close(keys(-x), -keys(x))
+    blocks = keys.weight[0].T.split(DIM)
+    for block in blocks:  # of D directions at right angles to one another
+        torch.testing.assert_close(block @ block.T, torch.eye(len(block)).double(), rtol=0, atol=1e-6)
+
+
+def test_keys_half_alike_are_an_eighth_alike_in_products_of_three() -> None:
+    phi = made("trilinear", heads=1, features=4096).for_keys()
+    one, other = functional.normalize(normal(2, 1, 1, 200, DIM, seed=5), dim=-1)
+    for alike in (0.5, 0.8):
+        across = functional.normalize(other - (other * one).sum(-1, keepdim=True) * one, dim=-1)
+        second = alike * one + (1 - alike**2) ** 0.5 * across
+        found = (phi(one) * phi(second)).sum(-1).mean().item()
+        assert found == pytest.approx(alike**3, abs=0.05)
+
+
 def test_features_of_products_tell_more_keys_apart_than_linear_ones() -> None:
     """Of 2 D random keys, features to 2 D: overlaps of linear ones are those of D dimensions."""
     keys = normal(1, 1, 2 * DIM, DIM, seed=3)
     found: dict[str, float] = {}
-    for name in ("unit", "dpfp"):
+    for name in ("unit", "dpfp", "trilinear"):
         features = made(name, heads=1, features=2 * DIM).for_keys()(keys)[0, 0]
         assert torch.linalg.matrix_rank(features) == (DIM if name == "unit" else 2 * DIM)
         overlaps = features @ features.mT
         found[name] = float((overlaps - torch.eye(2 * DIM)).square().mean().detach())
     assert found["dpfp"] < 0.8 * found["unit"]
+    assert found["trilinear"] < 0.8 * found["unit"]
 
 
 def test_a_key_without_features_writes_nothing() -> None:
