@@ -378,7 +378,8 @@ class Trilinear(Unit):
     so that F of them hold more keys apart than the products of neighbours of `ProjectedProducts` do, which
     are 0 half of the time (docs/research/02). The signs of features are kept; the delta rule minds none.
 
-    A, B and C, the columns of W, start as orthogonal directions, in blocks of D, the same for queries and keys.
+    A, B and C, the columns of W, start as orthogonal directions, in blocks of D, the same for queries and
+    keys.
 
     Source: random maps for dot product kernels, arXiv 1201.6530 section 3, whose projections are random signs
     and stay so.
