@@ -238,5 +238,15 @@ class TestMerge:
         assert merge(base, override) == {"a": {"b": 1, "c": [2]}, "d": {"x": 1}, "e": None, "g": 0}
         assert base == {"a": {"b": 1, "c": [1]}, "d": 2, "e": {"f": 1}}
 
+    def test_objectives_are_replaced_unless_one_is_named_by_its_key(self) -> None:
+        base = {"finetune": {"objectives": {"a": 1.0, "b": 1.0}, "rank": 8}}
+        whole = parse_assignments(["finetune.objectives={c: 2.0}"])
+        assert merge(base, whole) == {"finetune": {"objectives": {"c": 2.0}, "rank": 8}}
+        assert merge(base, {"finetune": {"objectives": {"c": 2.0}}}) == merge(base, whole)
+        one = parse_assignments(["finetune.objectives.a=3.0", "finetune.objectives.c=2.0"])
+        assert merge(base, one)["finetune"]["objectives"] == {"a": 3.0, "b": 1.0, "c": 2.0}
+        both = parse_assignments(["finetune.objectives={c: 2.0}", "finetune.objectives.d=1.0"])
+        assert merge(base, both)["finetune"]["objectives"] == {"c": 2.0, "d": 1.0}
+
     def test_null_is_overridden_too(self) -> None:
         assert merge({"a": None}, {"a": {"b": 1}}) == {"a": {"b": 1}}

@@ -38,6 +38,7 @@ from equipoise.ops.eviction import Eviction
 from equipoise.recall_donor import write_documents
 from equipoise.train.convert import convert
 from equipoise.train.recipes import load_recipe
+from frontier_ablations import ABLATIONS, FIRST
 from frontier_texts import Setting, Split, rows_of, scored, with_more_pairs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -62,58 +63,6 @@ DELTA_SCALE: Mapping[str, Any] = {
     "finetune": SCALE["finetune"],
 }
 """And for the delta rule."""
-COMPETING: Mapping[str, Any] = {"mixing": "competing", "gate_value": 1 - 1.5e-8}
-UNIT: Mapping[str, Any] = {"feature_map": "unit", "feature_multiple": 1, "write_gate": "per_token"}
-"""What the recipe had before the map dpfp, in two heads at the bytes of one."""
-ADDITIVE: Mapping[str, Any] = {
-    "state_update": "additive", "feature_map": "hedgehog-joint", "write_gate": "per_token"
-}  # fmt: skip
-FAR_OUTPUT: Mapping[str, Any] = {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}}
-FAR_3: Mapping[str, Any] = {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}
-READS: Mapping[str, Any] = {
-    "transfer": {"objectives": {"far-output": 1.0, "hybrid-output": 1.0}},
-    "finetune": {"objectives": {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0}},
-}
-ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "equipoise": {},
-    "unit-maps": {"hybrid": UNIT},
-    "narrow": {"hybrid": {"feature_multiple": 1}},
-    "two-heads": {"allocation": {"heads": 2}},
-    "wide": {"hybrid": {"feature_multiple": 4}, "allocation": {"heads": 2}},
-    "linear-writes": {"hybrid": {"write_gate": "per_token"}},
-    "full-writes": {"hybrid": {"write_gate": "none"}},
-    "additive": {"hybrid": ADDITIVE},
-    "additive-hedgehog": {"hybrid": {**ADDITIVE, "feature_map": "hedgehog"}},
-    "competing": {"hybrid": COMPETING},
-    "narrow-competing": {"hybrid": {"feature_multiple": 1, **COMPETING}},
-    "fixed-gate": {"hybrid": {"gate": "fixed"}},
-    "even-windows": {},
-    "no-summaries": {"allocation": {"elsewhere": None}},
-    "no-far": {"finetune": {"objectives": {"distillation": 1.0}}},
-    "next-token": {"finetune": {"objectives": {"next-token": 1.0}}},
-    "reads": READS,
-    "reads-narrow": {**READS, "hybrid": {"feature_multiple": 1}},
-    "reads-wide": {**READS, "hybrid": {"feature_multiple": 4}, "allocation": {"heads": 2}},
-    "tri": {**READS, "hybrid": {"feature_map": "trilinear"}},
-    "tri-narrow": {**READS, "hybrid": {"feature_map": "trilinear", "feature_multiple": 1}},
-    "reads-two": {**READS, "allocation": {"heads": 2}},
-    "far-output": {"transfer": FAR_OUTPUT},
-    "far-output-half": {"transfer": {**FAR_OUTPUT, "learning_rate": 3e-2}},
-    "maps-frozen": {"finetune": {"train_maps": False}},
-    "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
-    "unit-one-head": {"hybrid": UNIT, "allocation": {"heads": 0.5}},
-    "unit-two-wide-heads": {
-        "hybrid": {**UNIT, "feature_multiple": 2}, "allocation": {"heads": 2}
-    },
-    "unit-competing": {"hybrid": {**UNIT, **COMPETING}},
-    "unit-far-3": {"hybrid": UNIT, "finetune": FAR_3},
-    "unit-no-summaries": {"hybrid": UNIT, "allocation": {"elsewhere": None}},
-}  # fmt: skip
-"""`equipoise`, and the same without one ingredient or with another; `heads` times its share of bytes."""
-
-
-FIRST: Mapping[str, int] = {"far-output-half": 2}
-"""Steps over those of stage 1, where that is not 8 for ours and 4 for published recipes."""
 
 
 def even(tokens: int) -> HybridConfig:

@@ -278,12 +278,26 @@ def parse(kind: type[SettingsT], values: object) -> SettingsT:
     return kind(**{str(key): value for key, value in values.items()})
 
 
+WHOLE = frozenset({"objectives"})
+"""Mappings that are one setting: who names some objectives means these and no others."""
+
+
+class DottedKey(dict[str, Any]):
+    """A mapping that stands for part of a key, as in ``finetune.objectives.far-reads``: it adds to others."""
+
+
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings merged; where both have a value the override's counts, null included."""
-    merged = dict(base)
+    """Nested mappings merged; where both have a value the override's counts, null included.
+
+    Of the mappings in `WHOLE` the override's takes the place of the other, unless it is a `DottedKey`.
+    """
+    merged = type(base)(base)
     for key, value in override.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        adds = isinstance(value, DottedKey) or key not in WHOLE
+        merged[key] = (
+            merge(old, value) if adds and isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 
@@ -307,7 +321,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         leaf = branch
         *parents, last = parts
         for parent in parents:
-            leaf = leaf.setdefault(parent, {})
+            leaf = leaf.setdefault(parent, DottedKey())
         leaf[last] = value
         tree = merge(tree, branch)
     return tree

@@ -140,13 +140,14 @@ class TestAgainstTheMethod:
         layer = hybrid(run)
         assert (layer.window, layer.sinks, layer.mixing, layer.overlap) == (64, 4, "convex", True)
         assert (layer.gate, layer.write_gate) == ("per_token", "quadratic")
-        assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "dpfp", 2)
+        assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "trilinear", 2)
         assert run.allocation is not None
         assert run.allocation.state_bytes is None  # those of the windows
         assert run.transfer is not None
-        assert run.transfer.objectives == {"output": 1.0, "hybrid-output": 1.0}
+        assert run.transfer.objectives == {"output": 1.0, "far-output": 1.0, "hybrid-output": 1.0}
         assert run.finetune is not None
-        assert run.finetune.objectives == {"distillation": 1.0, "far-distillation": 1.0}
+        assert run.finetune.objectives == {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0}
+        assert layer.map_heads == "key_value"
         assert run.finetune.train_maps
         assert run.finetune.window_dropout is None
 

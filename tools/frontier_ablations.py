@@ -1,0 +1,88 @@
+"""What the recipe `equipoise` is compared with: itself without one ingredient, or with another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Settings that differ, by section of a recipe; of allocation, ``heads`` times its share of bytes."""
+
+
+def both(*parts: Changes) -> Changes:
+    """Several changes at once, the later ones before the earlier ones."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            found[section] = {**found.get(section, {}), **values}
+    return found
+
+
+def hybrid(**values: Any) -> Changes:
+    """A change of the hybrid alone."""
+    return {"hybrid": values}
+
+
+def objectives(stage: str, *names: str, **more: Any) -> Changes:
+    """Objectives of a stage, each at weight 1."""
+    return {stage: {"objectives": dict.fromkeys(names, 1.0), **more}}
+
+
+COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
+ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
+NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
+TWICE: Changes = {"allocation": {"heads": 2}}
+NARROW, WIDE = hybrid(feature_multiple=1), both(hybrid(feature_multiple=4), TWICE)
+PREDICTIONS = both(
+    objectives("transfer", "output", "hybrid-output"),
+    objectives("finetune", "distillation", "far-distillation"),
+)
+"""What the recipe learned from before it asked large states what they read."""
+DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
+"""What it was until 2026-11-29."""
+UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
+"""And before that: linear features, in two heads at the bytes of one."""
+FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
+
+ABLATIONS: Mapping[str, Changes] = {
+    "equipoise": {},
+    # maps and bytes
+    "dpfp": hybrid(feature_map="dpfp"),
+    "dpfp-narrow": both(hybrid(feature_map="dpfp"), NARROW),
+    "narrow": NARROW,
+    "wide": WIDE,
+    "two-heads": TWICE,
+    "state-per-query": hybrid(map_heads="query"),
+    # writes, gates, states
+    "linear-writes": hybrid(write_gate="per_token"),
+    "full-writes": hybrid(write_gate="none"),
+    "additive": ADDITIVE,
+    "additive-hedgehog": both(ADDITIVE, hybrid(feature_map="hedgehog")),
+    "competing": COMPETING,
+    "narrow-competing": both(NARROW, COMPETING),
+    "fixed-gate": hybrid(gate="fixed"),
+    # where bytes go
+    "even-windows": {},
+    "no-summaries": NO_SUMMARIES,
+    # what is learned from
+    "predictions": PREDICTIONS,
+    "no-far": both(PREDICTIONS, objectives("finetune", "distillation")),
+    "next-token": both(PREDICTIONS, objectives("finetune", "next-token")),
+    "maps-frozen": {"finetune": {"train_maps": False}},
+    "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
+    # what the recipe was
+    "dpfp-predictions": DPFP,
+    "dpfp-predictions-narrow": both(DPFP, NARROW),
+    "dpfp-predictions-wide": both(DPFP, WIDE),
+    "dpfp-predictions-linear-writes": both(DPFP, hybrid(write_gate="per_token")),
+    "dpfp-predictions-far-output": both(DPFP, FAR_OUTPUT),
+    "dpfp-predictions-far-output-half": both(DPFP, FAR_OUTPUT, {"transfer": {"learning_rate": 3e-2}}),
+    "unit-maps": UNIT,
+    "unit-one-head": both(UNIT, {"allocation": {"heads": 0.5}}),
+    "unit-two-wide-heads": both(UNIT, hybrid(feature_multiple=2), TWICE),
+    "unit-competing": both(UNIT, COMPETING),
+    "unit-far-3": both(UNIT, {"finetune": {"objectives": {"distillation": 1.0, "far-distillation": 3.0}}}),
+    "unit-no-summaries": both(UNIT, NO_SUMMARIES),
+}
+FIRST: Mapping[str, int] = {"dpfp-predictions-far-output-half": 2}
+"""Steps over those of stage 1, where that is not 8 for ours and 4 for published recipes."""
