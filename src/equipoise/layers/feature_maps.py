@@ -402,7 +402,7 @@ class Trilinear(Unit):
         self.weight.copy_(directions / directions.norm(dim=0))
 
     def activation(self, projected: Tensor) -> Tensor:
-        return super().activation(math.prod(projected.chunk(self.FACTORS, -1)))
+        return super().activation(projected.unflatten(-1, (self.FACTORS, -1)).prod(-2))
 
 
 @FEATURE_MAPS.register("constant")
