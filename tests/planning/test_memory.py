@@ -103,6 +103,20 @@ def test_objectives_that_look_at_predictions_take_two_more_passes() -> None:
     assert 1.5 * softmax < more < 2.1 * softmax  # one of the two sees windows only
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_reads_are_computed_a_second_time(checkpointing: bool) -> None:
+    kinds: Any = ["converted"] * 4
+
+    def flops(objective: str) -> float:
+        own = {"finetune": {"objectives": {objective: 1.0}}, "gradient_checkpointing": checkpointing}
+        run = load_recipe("ssd", {**SMALL, **own})
+        return footprint(
+            tiny_model().config, run, "finetune", kinds, rows=2, length=64, dtype=torch.float32
+        ).flops
+
+    assert flops("far-distillation") < flops("far-reads") < 2 * flops("far-distillation")
+
+
 def test_checkpointing_holds_less_and_computes_more() -> None:
     kinds: Any = ["converted"] * 12
     both = [
