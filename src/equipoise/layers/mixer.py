@@ -384,19 +384,10 @@ class HybridMixer(nn.Module):
             assert phi_k is not None
             assert window is not None
             return subset_attention(
-                inputs.q,
-                inputs.k,
-                inputs.v,
-                phi_q,
-                phi_k,
-                heads=self.linear_indices,
-                map_heads=config.map_heads,
-                window=window,
-                mixing=config.mixing,
-                update=config.state_update,
-                layout=config.layout,
-                **common,
-            )
+                inputs.q, inputs.k, inputs.v, phi_q, phi_k, heads=self.linear_indices,
+                map_heads=config.map_heads, window=window, mixing=config.mixing, update=config.state_update,
+                layout=config.layout, **common,
+            )  # fmt: skip
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,
             layout=config.layout, overlap=config.overlap,

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import converted_mixers, observe, rivals
 from equipoise.models.families import ConversionError
-from equipoise.ops import Branches
 from equipoise.ops.types import accumulation_dtype
+from equipoise.train.objectives import LINEAR_ALONE
 
-ALONE = Branches(window=False, reading="renormalised")
 LARGEST_SCALE = 10.0
 """Of reads, and one over it the smallest."""
 
@@ -109,6 +108,6 @@ def reads_of(model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[
     for mixer in reading_mixers(model):
         inputs, donor = seen[mixer.layer_idx], wanted[mixer.layer_idx]
         with torch.autocast(inputs.q.device.type, enabled=False):
-            own = _of_linear_heads(mixer, mixer.hybrid(inputs, branches=ALONE)[0])
+            own = _of_linear_heads(mixer, mixer.hybrid(inputs, branches=LINEAR_ALONE)[0])
         found.append(Reads(own, donor.to(own.device)))
     return found
