@@ -30,7 +30,7 @@ from equipoise import HybridConfig, branches, hybridize, reach, state_bytes
 from equipoise.files import write_text
 from equipoise.layers.mixer import AttentionMode
 from equipoise.models.allocation import allocate
-from equipoise.models.allocation.choosing import curve_of, improved, share_windows
+from equipoise.models.allocation.choosing import curve_of, improved, share_windows, with_fewer_sinks
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import linear_head_bytes
@@ -50,7 +50,7 @@ MOVES, SHARE, SMALL, SHARE_OF_SMALL = 400, 0.125, 24, 0.25
 larger one for budgets of so few tokens, where a single head weighs more."""
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 SINKS = 4
-"""Of every window."""
+"""Of every window, to begin with."""
 STEPS = 800
 """Optimiser steps of all stages together, of 2,048 tokens each."""
 SCALE: Mapping[str, Any] = {
@@ -63,6 +63,11 @@ DELTA_SCALE: Mapping[str, Any] = {
     "finetune": SCALE["finetune"],
 }
 """And for the delta rule."""
+TUNING: Mapping[str, tuple[str, ...]] = {
+    "tuned": ("distillation",),
+    "next-token": ("distillation", "next-token"),
+}
+"""What windows alone learn from, by what stands behind the colon of a run's name."""
 
 
 def even(tokens: int) -> HybridConfig:
@@ -99,7 +104,7 @@ def moved(at: Setting, *, by_head: bool) -> HybridConfig:
     each = at.kv_heads if by_head else 1
     sizes = [size for size in SIZES if size < at.length]
 
-    def search() -> list[list[int]]:
+    def search() -> dict[str, list[Any]]:
         model: Any = hybridize(loaded(at), even(at.tokens), check=False)
         measure = DonorDivergence(model, measured_rows(at), batch_size=2 * at.rows)
         worth = measure.worth(sizes, sinks=SINKS)  # of query heads: those of a group share a window
@@ -107,20 +112,28 @@ def moved(at: Setting, *, by_head: bool) -> HybridConfig:
         curves = [curve_of(values, sizes) for values in units.tolist()]
         starts = [share_windows(curves, len(curves) * (at.tokens - SINKS)), [at.tokens - SINKS] * len(curves)]
 
-        def loss(windows: list[int]) -> float:
-            layers = [windows[i : i + each] for i in range(0, len(windows), each)]
-            return measure.windowed(layers if by_head else windows, sinks=SINKS)
+        def by_layer(windows: list[int]) -> list[list[int]]:
+            shared = at.kv_heads // each
+            return [windows[i : i + each] * shared for i in range(0, len(windows), each)]
 
-        start = min(starts, key=loss)
-        best = improved(start, loss, smallest=2, longest=at.length, measurements=MOVES)
-        return [best[i : i + each] * (at.kv_heads // each) for i in range(0, len(best), each)]
+        start = min(starts, key=lambda windows: measure.windowed(by_layer(windows), sinks=SINKS))
+        layers, sinks = with_fewer_sinks(
+            by_layer(start), SINKS, lambda tried, own: measure.windowed(tried, sinks=own), longest=at.length
+        )
+        best = improved(
+            [window for of in layers for window in of[:each]],
+            lambda windows: measure.windowed(by_layer(windows), sinks=sinks),
+            smallest=2, longest=at.length, measurements=MOVES,
+        )  # fmt: skip
+        return {"windows": by_layer(best), "sinks": sinks}
 
-    layers = searched(at, f"{at.tokens} {'heads' if by_head else 'layers'}", search)
+    found = searched(at, f"{at.tokens} {'heads' if by_head else 'layers'}, sinks measured", search)
     own: dict[int, dict[str, Any]] = {
-        i: {"window": max(of), **({"head_windows": of} if len(set(of)) > 1 else {})}
-        for i, of in enumerate(layers)
+        i: {"window": max(of), "sinks": kept, **({"head_windows": of} if len(set(of)) > 1 else {})}
+        for i, (of, kept) in enumerate(zip(found["windows"], found["sinks"], strict=True))
     }
-    return HybridConfig(window=max(map(max, layers)), sinks=SINKS, feature_map=None, per_layer=own)
+    longest = max(map(max, found["windows"]))
+    return HybridConfig(window=longest, sinks=SINKS, feature_map=None, per_layer=own)
 
 
 def converted(
@@ -161,15 +174,16 @@ def shared_out(
         return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
     own = json.dumps([settings.linear_share, settings.elsewhere], sort_keys=True)
+    sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
-    found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}", search)
+    found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
     if evenly:
         layers = [hybrid.model_copy(update=own) for own in found["per_layer"].values()]
         linear = sum(
             len(of.linear_heads or ()) * linear_head_bytes(of, at.head_dim) for of in layers if of.feature_map
         )
         window = (bytes_ - linear) // at.token_bytes - SINKS
-        dropped = {"window": window, "head_windows": None}
+        dropped = {"window": window, "sinks": SINKS, "head_windows": None}
         found = {
             "window": window,
             "per_layer": {layer: {**own, **dropped} for layer, own in found["per_layer"].items()},
@@ -212,10 +226,10 @@ def made(
         return hybridize(loaded(at), even(at.tokens), check=False), evicting(at.tokens)
     if base in ("even", "moved", "moved-heads"):
         config = even(at.tokens) if base == "even" else moved(at, by_head=base == "moved-heads")
-        if how != "tuned":
+        if not how:
             return hybridize(loaded(at), config, check=False), None
         hybrid = config.model_dump(mode="json")
-        tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": {"distillation": 1.0}}
+        tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": dict.fromkeys(TUNING[how], 1.0)}
         settings = {"hybrid": hybrid, "finetune": tuned}
         return converted(at, settings, "swa-sinks", seed, steps, console), None
     recipe, settings = settings_of(base, at, steps)

@@ -42,6 +42,7 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 """What it was until 2026-11-29."""
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
+WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
 FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
 ABLATIONS: Mapping[str, Changes] = {
@@ -68,6 +69,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "predictions": PREDICTIONS,
     "no-far": both(PREDICTIONS, objectives("finetune", "distillation")),
     "next-token": both(PREDICTIONS, objectives("finetune", "next-token")),
+    "with-next-token": WITH_NEXT_TOKEN,
+    "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what the recipe was

@@ -250,6 +250,30 @@ class TestAllocate:
         assert found.state_bytes == plain.state_bytes
         assert done[-1][0] <= done[-1][1] == 3 * 6 + 2 + 81
 
+    @pytest.mark.parametrize("moves", [0, 60])
+    def test_fewer_sinks(self, moves: int, rows: dict[str, Tensor]) -> None:
+        """A donor without sinks gives their bytes to windows, and all else stays as it was."""
+        settings = SETTINGS.model_copy(update={"state_bytes": 1_500, "moves": moves})
+        plain = allocate(donor(), rows, HYBRID, settings)
+        done: list[tuple[int, int]] = []
+        found = allocate(
+            donor(), rows, HYBRID, settings.model_copy(update={"fewer_sinks": True}),
+            seen=lambda now, total: done.append((now, total)),
+        )  # fmt: skip
+        assert plain.sinks == [2, 2]
+        assert sum(found.sinks) < 4
+        assert found.linear_heads == plain.linear_heads
+        assert found.state_bytes == plain.state_bytes == state_bytes(hybridize(donor(), found.hybrid))
+        shares = ("shared", "even")
+        assert [found.divergence[of] for of in shares] == [plain.divergence[of] for of in shares]
+        assert found.divergence["fewer_sinks"] < min(found.divergence[of] for of in shares)
+        last = found.divergence["moved" if moves else "fewer_sinks"]
+        model = hybridize(donor(), HybridConfig(window=4, feature_map=None), check=False)
+        measured = DonorDivergence(model, rows, batch_size=4)
+        assert measured.windowed(found.windows, sinks=found.sinks) == pytest.approx(last)
+        assert [found.hybrid.for_layer(index).sinks for index in (0, 1)] == found.sinks
+        assert done[-1][0] <= done[-1][1]
+
     def test_the_donor_is_as_it_was(self, rows: dict[str, Tensor]) -> None:
         model = donor().train()
         kind, weights = type(model), {n: p.clone() for n, p in model.named_parameters()}

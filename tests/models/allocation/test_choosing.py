@@ -11,9 +11,11 @@ from equipoise.models.allocation.choosing import (
     Costs,
     chosen_heads,
     even_windows,
+    fewer_sinks,
     hull,
     improved,
     share_windows,
+    with_fewer_sinks,
 )
 
 CURVES = (
@@ -80,6 +82,37 @@ class TestImproved:
     def test_no_window_is_longer_than_the_longest(self) -> None:
         found = improved([10, 10], lambda w: -float(w[0]), smallest=2, longest=13, measurements=500)
         assert found == [12, 8]
+
+
+class TestFewerSinks:
+    @staticmethod
+    def loss(windows: list[list[int]], sinks: list[int]) -> float:
+        """Layer 0 wants one sink and layer 1 none; a token of window is worth less than that."""
+        wrong = (sinks[0] - 1) ** 2 + sinks[1] ** 2
+        return 1e-2 * wrong - 1e-3 * sum(map(sum, windows))
+
+    def test_each_layer_gets_its_own(self) -> None:
+        windows, sinks = with_fewer_sinks([[5, 9], [3, 3]], 4, self.loss, longest=40)
+        assert sinks == [1, 0]
+        assert windows == [[8, 12], [7, 7]]
+
+    def test_all_are_kept_where_they_are_worth_more_than_windows(self) -> None:
+        found = with_fewer_sinks([[5, 9], [3, 3]], 4, lambda w, s: -float(sum(s)), longest=40)
+        assert found == ([[5, 9], [3, 3]], [4, 4])
+
+    def test_what_is_alike_changes_nothing(self) -> None:
+        assert with_fewer_sinks([[5], [3]], 4, lambda w, s: 1.0, longest=40)[1] == [4, 4]
+
+    def test_no_window_is_longer_than_the_longest(self) -> None:
+        windows, sinks = with_fewer_sinks([[5, 9], [3, 3]], 4, lambda w, s: float(sum(s)), longest=11)
+        assert windows == [[7, 11], [7, 7]]
+        assert sinks == [2, 0]
+
+    @pytest.mark.parametrize(
+        ("sinks", "tried"), [(0, []), (1, [0]), (4, [2, 1, 0]), (5, [2, 1, 0]), (8, [4, 2, 1, 0])]
+    )
+    def test_numbers_that_are_tried(self, sinks: int, tried: list[int]) -> None:
+        assert fewer_sinks(sinks) == tried
 
 
 def test_hull() -> None:

@@ -16,8 +16,10 @@ from equipoise.models.allocation.choosing import (
     chosen_heads,
     curve_of,
     even_windows,
+    fewer_sinks,
     improved,
     share_windows,
+    with_fewer_sinks,
 )
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.branches import converted_mixers
@@ -39,14 +41,15 @@ class Allocation:
         state_bytes, budget: what the state takes, and what it might.
         layers: indices of the converted layers, in the order of the lists below.
         windows: by layer, of each key/value head.
+        sinks: by layer.
         linear_heads: by layer, the query heads that have a linear branch.
         importance: nats per token that what lies beyond even windows restores, by layer and query head.
         sizes: windows that were measured.
         worth: nats per token that each widening from one size to the next restores, the last one to
             full softmax; by layer and query head.
         divergence: from the donor, in nats per token, of untrained windows ``shared`` by worth, in ``even``
-            parts, and ``moved`` from the better of these; heads that get a linear branch with
-            ``linear_credit`` of full softmax.
+            parts, the better of these with ``fewer_sinks``, and that ``moved``; heads that get a linear branch
+            with ``linear_credit`` of full softmax.
     """
 
     hybrid: HybridConfig
@@ -59,6 +62,7 @@ class Allocation:
     sizes: list[int]
     worth: list[list[list[float]]]
     divergence: dict[str, float] = field(default_factory=dict[str, float])
+    sinks: list[int] = field(default_factory=list[int])
 
 
 def allocate(
@@ -77,7 +81,7 @@ def allocate(
     even windows get a linear branch, as many as ``linear_share`` of the bytes pay for. What is left buys
     windows, a token at a time where most is restored; in heads with a linear branch only the share counts
     that it is not credited with. Heads are not independent, so the result is measured against the same
-    bytes shared evenly, and the better of the two is taken; ``moves`` improve it further.
+    bytes shared evenly, and the better of the two is taken; ``fewer_sinks`` and ``moves`` improve it further.
 
     Args:
         model: an unconverted donor; unchanged when the call returns.
@@ -181,23 +185,46 @@ def _allocate(
         # longer than the rows cannot be told from as long, and may be more than the donor reads
         "even": _by_layer(mixers, [min(window, sizes[-1]) for window in even_windows(count, tokens)]),
     }
-    divergence = {name: measured.windows(windows, heads) for name, windows in shapes.items()}
-    windows = shapes[min(shapes, key=lambda name: divergence[name])]
-    if settings.moves:
-        flat = improved(
-            [window for of in windows for window in of],
-            lambda tried: measured.windows(_by_layer(mixers, tried), heads),
-            smallest=settings.smallest_window, longest=sizes[-1], measurements=settings.moves,
-        )  # fmt: skip
-        windows = _by_layer(mixers, flat)
-        divergence["moved"] = measured.windows(windows, heads)
-    own = _by_index(settings, mixers, windows, heads)
+    windows, sinks, divergence = _improved(measured, shapes, heads, settings, longest=sizes[-1])
+    own = _by_index(settings, mixers, windows, sinks, heads)
     return Allocation(
         hybrid=_whole(hybrid, windows, own),
-        state_bytes=costs.windows([w for of in windows for w in of]) + linear,
-        budget=budget, layers=list(own), windows=windows, linear_heads=[list(of) for of in heads],
-        importance=importance, sizes=sizes, worth=worth, divergence=divergence,
+        state_bytes=linear + costs.token * sum(
+            window + own for of, own in zip(windows, sinks, strict=True) for window in of
+        ),
+        budget=budget, sinks=sinks, layers=list(own), windows=windows,
+        linear_heads=[list(of) for of in heads], importance=importance, sizes=sizes, worth=worth,
+        divergence=divergence,
     )  # fmt: skip
+
+
+def _improved(
+    measured: _Measured,
+    shapes: Mapping[str, list[list[int]]],
+    heads: Sequence[Sequence[int]],
+    settings: AllocationConfig,
+    *,
+    longest: int,
+) -> tuple[list[list[int]], list[int], dict[str, float]]:
+    """Windows and sinks by layer from the best of some shapes on, and the divergences on the way."""
+    divergence = {name: measured.windows(windows, heads) for name, windows in shapes.items()}
+    windows = shapes[min(shapes, key=lambda name: divergence[name])]
+    sinks = [measured.sinks] * len(windows)
+    if settings.fewer_sinks:
+        windows, sinks = with_fewer_sinks(
+            windows, measured.sinks, lambda tried, own: measured.windows(tried, heads, own), longest=longest
+        )
+        divergence["fewer_sinks"] = measured.windows(windows, heads, sinks)
+    if settings.moves:
+        mixers = measured.donor.mixers
+        flat = improved(
+            [window for of in windows for window in of],
+            lambda tried: measured.windows(_by_layer(mixers, tried), heads, sinks),
+            smallest=settings.smallest_window, longest=longest, measurements=settings.moves,
+        )  # fmt: skip
+        windows = _by_layer(mixers, flat)
+        divergence["moved"] = measured.windows(windows, heads, sinks)
+    return windows, sinks, divergence
 
 
 def budget_of(model: Any, hybrid: HybridConfig, settings: AllocationConfig) -> int:
@@ -285,7 +312,11 @@ class _Measured:
         self.done, self.weight, self.seen, self.sinks = 0, 1, seen, sinks
         self.credit, moves = settings.linear_credit, settings.moves
         self.donor = DonorDivergence(model, inputs, batch_size=batch_size, tick=self._tick)
-        self.total = (3 * STEPS + 2 + (moves and moves + 1)) * self.donor.batches
+        sinking = 0
+        if settings.fewer_sinks:  # at most: what changes nothing is not measured
+            counts = len(fewer_sinks(sinks))
+            sinking = 2 + counts + (counts + 1) * len(self.donor.mixers)
+        self.total = (3 * STEPS + 2 + sinking + (moves and moves + 1)) * self.donor.batches
 
     def _tick(self) -> None:
         self.done += self.weight
@@ -298,26 +329,33 @@ class _Measured:
         # a tensor has as many heads as the widest layer
         return [row[: mixer.heads].tolist() for row, mixer in zip(found, self.donor.mixers, strict=True)]
 
-    def windows(self, windows: Sequence[Sequence[int]], heads: Sequence[Sequence[int]]) -> float:
-        return self.donor.windowed(windows, sinks=self.sinks, heads=heads, softmax_share=self.credit)
+    def windows(
+        self,
+        windows: Sequence[Sequence[int]],
+        heads: Sequence[Sequence[int]],
+        sinks: Sequence[int] | None = None,
+    ) -> float:
+        own = self.sinks if sinks is None else sinks
+        return self.donor.windowed(windows, sinks=own, heads=heads, softmax_share=self.credit)
 
 
 def _by_index(
     settings: AllocationConfig,
     mixers: Sequence[Any],
     windows: Sequence[Sequence[int]],
+    sinks: Sequence[int],
     heads: Sequence[Sequence[int]],
 ) -> dict[int, dict[str, Any]]:
     """Each layer's own settings, by its index in the model."""
     none = {"feature_map": None, "gate": "fixed", "write_gate": "none"}
     own: dict[int, dict[str, Any]] = {}
-    for mixer, of, chosen in zip(mixers, windows, heads, strict=True):
+    for mixer, of, kept, chosen in zip(mixers, windows, sinks, heads, strict=True):
         linear: dict[str, Any] = {"linear_heads": list(chosen)}
         if not chosen:
             all_heads = {"linear_heads": list(range(mixer.heads))}
             linear = none if settings.elsewhere is None else {**settings.elsewhere, **all_heads}
         by_head: dict[str, Any] = {"head_windows": list(of)} if len(set(of)) > 1 else {}
-        own[mixer.layer_idx] = {"window": max(of), **by_head, **linear}
+        own[mixer.layer_idx] = {"window": max(of), "sinks": kept, **by_head, **linear}
     return own
 
 

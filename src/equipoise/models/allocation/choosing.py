@@ -159,10 +159,57 @@ def improved(
     return best
 
 
+def with_fewer_sinks(
+    windows: Sequence[Sequence[int]],
+    sinks: int,
+    loss: Callable[[list[list[int]], list[int]], float],
+    *,
+    longest: int,
+) -> tuple[list[list[int]], list[int]]:
+    """Windows and sinks by layer, of the same bytes: every window of a layer is as many tokens longer as the
+    layer has fewer sinks.
+
+    First as many are tried in all layers at once, then layer by layer what is better there.
+
+    Args:
+        windows: by layer, beside ``sinks`` in every one.
+        sinks: to begin with.
+        loss: of windows and sinks by layer, to be measured.
+        longest: no window gets longer; where one would, its layer keeps more sinks.
+    """
+
+    def of(fewer: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        grown = [[window + sinks - left for window in own] for own, left in zip(windows, fewer, strict=True)]
+        return grown, list(fewer)
+
+    least_sinks = [max(0, sinks - max(0, longest - max(own))) for own in windows]  # longer windows do not fit
+    best = [sinks] * len(windows)
+    least = loss(*of(best))
+    counts = fewer_sinks(sinks)
+    for count in counts:
+        tried = [max(count, kept) for kept in least_sinks]
+        if (found := loss(*of(tried))) < least - NOTICED:
+            best, least = tried, found
+    for layer in range(len(best)):
+        for count in (sinks, *counts):
+            tried = [*best[:layer], max(count, least_sinks[layer]), *best[layer + 1 :]]
+            if tried != best and (found := loss(*of(tried))) < least - NOTICED:
+                best, least = tried, found
+    return of(best)
+
+
+def fewer_sinks(sinks: int) -> list[int]:
+    """Numbers of sinks that are tried in place of more: half as many and half of that, to 1, and none."""
+    counts = [sinks]
+    while counts[-1]:
+        counts.append(counts[-1] // 2)
+    return counts[1:]
+
+
 MOVES, PAIRS = (16, 8, 4, 2), 4
 """Tokens that are moved at a time; heads that are tried as givers and takers in one round."""
 NOTICED = 1e-4
-"""Nats per token: a move must be worth so much."""
+"""Nats per token: a change must be worth so much."""
 
 
 def curve_of(worth: Sequence[float], sizes: Sequence[int]) -> Curve:

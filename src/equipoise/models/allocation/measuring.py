@@ -65,7 +65,7 @@ class DonorDivergence:
         self,
         windows: Sequence[Windows],
         *,
-        sinks: int,
+        sinks: int | Sequence[int],
         heads: Sequence[Sequence[int]] | None = None,
         softmax_share: float = 1.0,
     ) -> float:
@@ -73,14 +73,15 @@ class DonorDivergence:
 
         Args:
             windows: by converted layer: tokens in all heads, or in each key/value head, or softmax if None.
-            sinks: tokens that join every window.
+            sinks: tokens that join every window, or by converted layer.
             heads: by layer, the query heads that keep a share of full softmax all the same.
             softmax_share: which share.
         """
         modes: list[AttentionMode] = []
-        for place, (mixer, window) in enumerate(zip(self.mixers, windows, strict=True)):
+        each = [sinks] * len(self.mixers) if isinstance(sinks, int) else sinks
+        for place, (mixer, window, own) in enumerate(zip(self.mixers, windows, each, strict=True)):
             kept = () if heads is None or softmax_share == 0 else heads[place]
-            modes.append(_mode(mixer, window, sinks, kept, softmax_share, self.model.device))
+            modes.append(_mode(mixer, window, own, kept, softmax_share, self.model.device))
         total = 0.0
         with torch.no_grad():
             for place in range(self.batches):
