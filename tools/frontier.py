@@ -51,6 +51,8 @@ larger one for budgets of so few tokens, where a single head weighs more."""
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 SINKS = 4
 """Of every window, to begin with."""
+FOUR_SINKS = "-four-sinks"
+"""At the end of a run's name: no layer has fewer, as all runs before 2026-11-29, 16:00."""
 STEPS = 800
 """Optimiser steps of all stages together, of 2,048 tokens each."""
 SCALE: Mapping[str, Any] = {
@@ -99,8 +101,8 @@ def loaded(at: Setting) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(at.donor).eval()
 
 
-def moved(at: Setting, *, by_head: bool) -> HybridConfig:
-    """The same bytes moved between layers or heads: shared by worth, then improved by moves."""
+def moved(at: Setting, *, by_head: bool, fewer_sinks: bool = True) -> HybridConfig:
+    """The same bytes moved between layers or heads: shared by worth, sinks measured, improved by moves."""
     each = at.kv_heads if by_head else 1
     sizes = [size for size in SIZES if size < at.length]
 
@@ -117,9 +119,11 @@ def moved(at: Setting, *, by_head: bool) -> HybridConfig:
             return [windows[i : i + each] * shared for i in range(0, len(windows), each)]
 
         start = min(starts, key=lambda windows: measure.windowed(by_layer(windows), sinks=SINKS))
-        layers, sinks = with_fewer_sinks(
-            by_layer(start), SINKS, lambda tried, own: measure.windowed(tried, sinks=own), longest=at.length
-        )
+        layers, sinks = by_layer(start), [SINKS] * at.layers
+        if fewer_sinks:
+            layers, sinks = with_fewer_sinks(
+                layers, SINKS, lambda tried, own: measure.windowed(tried, sinks=own), longest=at.length
+            )
         best = improved(
             [window for of in layers for window in of[:each]],
             lambda windows: measure.windowed(by_layer(windows), sinks=sinks),
@@ -127,7 +131,8 @@ def moved(at: Setting, *, by_head: bool) -> HybridConfig:
         )  # fmt: skip
         return {"windows": by_layer(best), "sinks": sinks}
 
-    found = searched(at, f"{at.tokens} {'heads' if by_head else 'layers'}, sinks measured", search)
+    sinks = ", sinks measured" if fewer_sinks else ""
+    found = searched(at, f"{at.tokens} {'heads' if by_head else 'layers'}{sinks}", search)
     own: dict[int, dict[str, Any]] = {
         i: {"window": max(of), "sinks": kept, **({"head_windows": of} if len(set(of)) > 1 else {})}
         for i, (of, kept) in enumerate(zip(found["windows"], found["sinks"], strict=True))
@@ -219,13 +224,16 @@ def made(
     name: str, at: Setting, seed: int, steps: int, console: Console
 ) -> tuple[PreTrainedModel, AttentionMode | str | None]:
     """The model of a run, and the mode to score it in where that is not its own."""
+    fewer_sinks, name = not name.endswith(FOUR_SINKS), name.removesuffix(FOUR_SINKS)
     base, _, how = name.partition(":")
     if base == "donor":
         return hybridize(loaded(at), even(at.tokens), check=False), "softmax"
     if base == "heavy-hitters":
         return hybridize(loaded(at), even(at.tokens), check=False), evicting(at.tokens)
     if base in ("even", "moved", "moved-heads"):
-        config = even(at.tokens) if base == "even" else moved(at, by_head=base == "moved-heads")
+        config = even(at.tokens) if base == "even" else moved(
+            at, by_head=base == "moved-heads", fewer_sinks=fewer_sinks
+        )
         if not how:
             return hybridize(loaded(at), config, check=False), None
         hybrid = config.model_dump(mode="json")
@@ -234,7 +242,7 @@ def made(
         return converted(at, settings, "swa-sinks", seed, steps, console), None
     recipe, settings = settings_of(base, at, steps)
     if base in ABLATIONS:
-        own = ABLATIONS[base].get("allocation", {})
+        own = {**ABLATIONS[base].get("allocation", {}), "fewer_sinks": fewer_sinks}
         settings["hybrid"] = shared_out(at, settings["hybrid"], own, evenly=base == "even-windows")
     return converted(at, settings, recipe, seed, steps, console), None
 
@@ -265,6 +273,7 @@ def score_run(
     }  # fmt: skip
     mixers = converted_mixers(model)
     entry["windows"] = [mixer.config.head_windows or mixer.config.window for mixer in mixers] if own else []
+    entry["sinks"] = [mixer.config.sinks for mixer in mixers] if own else []
     entry["both"] = scored(model, texts, count, state())
     if at.name != "demo":  # whose texts have few pairs, and few words to make them of
         entry["more"] = scored(model, with_more_pairs(texts), count, state())

@@ -57,19 +57,20 @@ def report(output: Path, limit: int | None = None) -> None:
         )
         table = Table(box=None)
         for title in (
-            "run", "steps", "tuned at", "seeds", "bytes", "windows", "NLL", "recall within", "beyond",
+            "run", "steps", "tuned at", "seeds", "bytes", "windows", "sinks", "NLL", "recall within", "beyond",
             "more pairs, beyond", "window alone", "linear alone",
         ):  # fmt: skip
             table.add_column(title, no_wrap=True)
         for (run, steps, tuned), of in sorted(runs.items()):
             windows = " ".join(map(shown, of[0]["windows"])) if run != "donor" else ""
+            sinks = " ".join(map(str, of[0].get("sinks", [])))
             cells = [in_words(interval([entry["both"]["nll"] for entry in of]))]
             cells += [in_words(recall(of, "both", span)) for span in ((0, edge), (edge, length))]
             cells += [
                 in_words(recall(of, branch, (edge, length))) if branch in of[0] else ""
                 for branch in ("more", "window alone", "linear alone")
             ]
-            table.add_row(run, str(steps), str(tuned), str(len(of)), f"{of[0]['bytes']:,}", windows, *cells)
+            table.add_row(run, str(steps), str(tuned), str(len(of)), f"{of[0]['bytes']:,}", windows, sinks, *cells)
         console.print(table)
 
 

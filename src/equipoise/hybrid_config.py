@@ -145,8 +145,8 @@ class AllocationConfig(Settings):
     """Measurements that may be spent on improving windows by moving tokens from head to head, each a forward
     pass over all rows."""
     fewer_sinks: bool = False
-    """Whether a layer may have fewer sinks than hybrid.sinks, where windows longer by as many tokens are worth
-    more; measured."""
+    """Whether a layer may have fewer sinks than hybrid.sinks, where windows longer by as many tokens are
+    worth more; measured."""
     rows: int = Field(default=16, ge=1)
     """Rows to measure on."""
     smallest_window: int = Field(default=4, ge=2)

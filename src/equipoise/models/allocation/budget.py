@@ -48,8 +48,8 @@ class Allocation:
         worth: nats per token that each widening from one size to the next restores, the last one to
             full softmax; by layer and query head.
         divergence: from the donor, in nats per token, of untrained windows ``shared`` by worth, in ``even``
-            parts, the better of these with ``fewer_sinks``, and that ``moved``; heads that get a linear branch
-            with ``linear_credit`` of full softmax.
+            parts, the better of these with ``fewer_sinks``, and that ``moved``; heads that get a linear
+            branch with ``linear_credit`` of full softmax.
     """
 
     hybrid: HybridConfig
