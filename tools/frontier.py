@@ -231,8 +231,10 @@ def made(
     if base == "heavy-hitters":
         return hybridize(loaded(at), even(at.tokens), check=False), evicting(at.tokens)
     if base in ("even", "moved", "moved-heads"):
-        config = even(at.tokens) if base == "even" else moved(
-            at, by_head=base == "moved-heads", fewer_sinks=fewer_sinks
+        config = (
+            even(at.tokens)
+            if base == "even"
+            else moved(at, by_head=base == "moved-heads", fewer_sinks=fewer_sinks)
         )
         if not how:
             return hybridize(loaded(at), config, check=False), None

@@ -57,8 +57,8 @@ def report(output: Path, limit: int | None = None) -> None:
         )
         table = Table(box=None)
         for title in (
-            "run", "steps", "tuned at", "seeds", "bytes", "windows", "sinks", "NLL", "recall within", "beyond",
-            "more pairs, beyond", "window alone", "linear alone",
+            "run", "steps", "tuned at", "seeds", "bytes", "windows", "sinks", "NLL", "recall within",
+            "beyond", "more pairs, beyond", "window alone", "linear alone",
         ):  # fmt: skip
             table.add_column(title, no_wrap=True)
         for (run, steps, tuned), of in sorted(runs.items()):
@@ -70,7 +70,8 @@ def report(output: Path, limit: int | None = None) -> None:
                 in_words(recall(of, branch, (edge, length))) if branch in of[0] else ""
                 for branch in ("more", "window alone", "linear alone")
             ]
-            table.add_row(run, str(steps), str(tuned), str(len(of)), f"{of[0]['bytes']:,}", windows, sinks, *cells)
+            numbers = (str(steps), str(tuned), str(len(of)), f"{of[0]['bytes']:,}")
+            table.add_row(run, *numbers, windows, sinks, *cells)
         console.print(table)
 
 
