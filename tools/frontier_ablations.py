@@ -32,6 +32,7 @@ COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
 ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
+HALF_VALUES = hybrid(value_divisor=2)
 NARROW, WIDE = hybrid(feature_multiple=1), both(hybrid(feature_multiple=4), TWICE)
 PREDICTIONS = both(
     objectives("transfer", "output", "hybrid-output"),
@@ -53,6 +54,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "narrow": NARROW,
     "wide": WIDE,
     "two-heads": TWICE,
+    "half-values": HALF_VALUES,
+    "half-values-wide": both(HALF_VALUES, hybrid(feature_multiple=4)),
     "state-per-query": hybrid(map_heads="query"),
     # writes, gates, states
     "linear-writes": hybrid(write_gate="per_token"),
@@ -71,6 +74,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "next-token": both(PREDICTIONS, objectives("finetune", "next-token")),
     "with-next-token": WITH_NEXT_TOKEN,
     "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
+    "half-values-with-next-token": both(HALF_VALUES, {"allocation": {"heads": 0.5}}, WITH_NEXT_TOKEN),
+    "half-values-wide-with-next-token": both(HALF_VALUES, hybrid(feature_multiple=4), WITH_NEXT_TOKEN),
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what the recipe was

@@ -55,6 +55,9 @@ class HybridConfig(Settings):
     """How the state takes in a key: additive (linear attention), or by the delta rule, which first removes
     what the state says of that key. delta needs a window beside it, and a feature map of length 1:
     trilinear, dpfp or unit."""
+    value_divisor: Literal[1, 2, 4] = 1
+    """A state of the delta rule keeps head_dim divided by this of each value, by a learned projection: the
+    same bytes hold more features, and so more keys. delta alone."""
     per_layer: dict[int, dict[str, Any]] = Field(default_factory=dict[int, dict[str, Any]])
     """Settings of single layers that differ from those above: {0: {window: 16, feature_map: null}}."""
 
@@ -102,6 +105,10 @@ class HybridConfig(Settings):
 
     @model_validator(mode="after")
     def _update(self) -> HybridConfig:
+        if self.value_divisor > 1 and self.state_update != "delta" and self.feature_map is not None:
+            raise ValueError(
+                f"value_divisor {self.value_divisor} needs state_update delta, got {self.state_update}"
+            )
         if self.state_update == "additive" or self.feature_map is None:
             return self
         mixings = ("convex", "competing")
@@ -112,6 +119,10 @@ class HybridConfig(Settings):
     def features(self, head_dim: int) -> int:
         """F, the features of a head of D numbers."""
         return self.feature_multiple * head_dim if self.feature_dim is None else self.feature_dim
+
+    def value_size(self, head_dim: int) -> int:
+        """C, what a state keeps of a value of E = D numbers."""
+        return max(1, head_dim // self.value_divisor)
 
     def for_layer(self, index: int) -> HybridConfig:
         """The settings that one layer has."""

@@ -51,9 +51,14 @@ SHARED_SUMS: dict[int, Any] = {
     0: {"window": 4, "sinks": 2, "map_heads": "key_value", "linear_heads": (0, 1)},
     1: {"map_heads": "key_value", "linear_heads": (0, 1, 2, 3), "head_windows": (6, 2)},
 }
+NARROW: dict[int, Any] = {
+    0: {**DELTA[1], "value_divisor": 2},
+    1: {**SHARED[1], "value_divisor": 4, "linear_heads": (0, 1, 2, 3)},
+}
+"""States that keep 4 and 2 of the 8 numbers of a value, of heads with windows of different lengths."""
 WAYS = pytest.mark.parametrize(
-    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA, MEANS, SHARED, SHARED_SUMS],
-    ids=["layers", "heads", "delta", "means", "shared", "shared-sums"],
+    "own", [SETTINGS["per_layer"], BY_HEAD, DELTA, MEANS, SHARED, SHARED_SUMS, NARROW],
+    ids=["layers", "heads", "delta", "means", "shared", "shared-sums", "narrow"],
 )  # fmt: skip
 TOKENS = random_tokens(2, 40)
 
@@ -149,6 +154,28 @@ def test_the_delta_rule_has_no_normaliser() -> None:
     states = [cache.layers[1].state, *cache.layers[1].state.others]
     assert [state.linear_state.shape for state in states] == [(1, 1, 16, 8)] * 2
     assert all(state.linear_normalizer is None for state in states)
+
+
+def test_narrow_values_take_fewer_bytes() -> None:
+    own = {i: {**of, "head_windows": None} for i, of in NARROW.items()}
+    whole = {i: {**of, "value_divisor": 1} for i, of in own.items()}
+    model = converted(torch.float32, per_layer=own)
+    saved = 2 * 16 * (8 - 4) * 4 + 2 * 16 * (8 - 2) * 4  # states, features, numbers less, bytes
+    assert state_bytes(converted(torch.float32, per_layer=whole)) - state_bytes(model) == saved
+    with torch.no_grad():
+        cache = model(TOKENS[:1], use_cache=True).past_key_values
+    shapes = [tuple(layer.state.linear_state.shape) for layer in cache.layers]
+    assert shapes == [(1, 2, 16, 4), (1, 2, 16, 2)]
+
+
+def test_narrow_values_start_as_a_projection() -> None:
+    """vAB of a value in A's span is the value, and others lose what is outside of it."""
+    for mixer in mixers_of(hybridize(tiny_model(), HybridConfig(**{**SETTINGS, "per_layer": NARROW}))):
+        assert mixer.phi_v is not None
+        down, up = mixer.phi_v.maps
+        down = down.repeat_interleave(up.shape[0] // down.shape[0], 0)
+        torch.testing.assert_close(up @ down, torch.eye(up.shape[1]).expand(len(up), -1, -1))
+        torch.testing.assert_close(down @ up, (down @ up).mT)
 
 
 @pytest.mark.parametrize("own", [{0: {"head_windows": (6, 6)}, 1: {"head_windows": (6, 6)}}, {}])
@@ -291,6 +318,7 @@ def test_a_converted_layer_takes_the_quadratic_gate() -> None:
             {"state_update": "delta", "mixing": "calibrated", "linear_heads": (0,)},
             "delta needs a window, mixing convex or competing",
         ),
+        ({"value_divisor": 2}, "value_divisor 2 needs state_update delta, got additive"),
     ],
 )
 def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:

@@ -227,6 +227,52 @@ class TestInSingleHeads:
         expected[:, self.HEADS] = gate * expected[:, self.HEADS] + (1 - gate) * far
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
+    @pytest.mark.parametrize("windows", [(5, 5), (5, 3)])
+    @pytest.mark.parametrize("masked", ["plain", "left", "packed"])
+    def test_narrow_values(self, windows: tuple[int, int], masked: str) -> None:
+        """As the recurrence of projected values, projected back; gradients and resumed calls too."""
+        tensors, more = self.drawn(), MASKS[masked]
+        maps = normal(2, D, 3, seed=7), normal(2, 3, D, seed=8)
+        leaves = [x.clone().requires_grad_() for x in (*tensors, *maps)]
+
+        def run(part: slice, state: AttentionState | None = None) -> tuple[Tensor, AttentionState | None]:
+            parts = [x[:, :, part] for x in leaves[:5]]
+            return head_windows_attention(
+                *parts, windows=windows, heads=self.HEADS, update="delta", gate=0.3,
+                value_maps=(leaves[5], leaves[6]), initial_state=state, output_final_state=True,
+                **{name: mask[:, part] for name, mask in more.items()},
+            )  # fmt: skip
+
+        got, _ = run(slice(None))
+        q, k, v, phi_q, phi_k, down, up = leaves
+        near = [window_attention(q, k, v, window=w, **more)[0] for w in windows]
+        chosen = v.repeat_interleave(2, 1)[:, self.HEADS]
+        far = delta_rule(phi_q, phi_k, chosen @ down, **more)[0] @ up
+        expected = torch.cat([near[0][:, :2], near[1][:, 2:]], 1)
+        mixed = 0.3 * expected[:, self.HEADS] + 0.7 * far
+        expected = expected.index_copy(1, torch.tensor(self.HEADS), mixed)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+        weights = normal(*got.shape, seed=9)
+        ours, theirs = (torch.autograd.grad((of * weights).sum(), leaves) for of in (got, expected))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+        first, kept = run(slice(0, 20))
+        assert kept is not None
+        second, _ = run(slice(20, None), kept)
+        torch.testing.assert_close(torch.cat([first, second], 2), got, rtol=1e-9, atol=1e-10)
+
+    def test_narrow_values_need_the_delta_rule(self) -> None:
+        q, k, v, phi_q, phi_k = self.drawn()
+        maps = normal(2, D, 3), normal(2, 3, D)
+        with pytest.raises(ValueError, match="update delta alone, got update additive"):
+            subset_attention(q, k, v, phi_q, phi_k, heads=self.HEADS, window=5, value_maps=maps)
+
+    def test_a_state_of_values_of_another_size(self) -> None:
+        q, k, v, phi_q, phi_k = drawn()
+        _, state = delta_attention(q, k, v, phi_q, phi_k, output_final_state=True)
+        with pytest.raises(ValueError, match="values of 3 numbers, got 5"):
+            delta_attention(q, k, v[..., :3], phi_q, phi_k, initial_state=state)
+
     @pytest.mark.parametrize("size", [1.0, 1000.0])
     @pytest.mark.parametrize("masked", ["plain", "sinks", "packed", "left", "sink logits"])
     def test_competing_is_one_key_of_the_windows_softmax(self, masked: str, size: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.config import ConfigError, HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS
+from equipoise.layers.value_maps import NarrowValues
 from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
 from equipoise.ops.eviction import Eviction, evicting_attention
@@ -179,6 +180,7 @@ class HybridMixer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.phi_q: nn.Module | None = None
         self.phi_k: nn.Module | None = None
+        self.phi_v: NarrowValues | None = None
         if config.linear_heads is not None and config.linear_heads[-1] >= heads:
             raise ConfigError(
                 f"linear_heads: expected heads between 0 and {heads - 1}, got {list(config.linear_heads)}."
@@ -205,6 +207,8 @@ class HybridMixer(nn.Module):
             if config.write_gate != "none":
                 gated = WriteStrength if config.state_update == "delta" else WriteGate
                 self.phi_k = gated(self.phi_k, squares=config.write_gate == "quadratic")
+            if (narrow := config.value_size(head_dim)) < head_dim:
+                self.phi_v = NarrowValues(self.linear_heads, self.states, head_dim, narrow)
         self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
         self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.gate == "per_token" else None
         self.mode = AttentionMode()
@@ -220,6 +224,8 @@ class HybridMixer(nn.Module):
         for phi in (self.phi_q, self.phi_k):
             if phi is not None:
                 phi.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
+        if self.phi_v is not None:
+            self.phi_v.reset_parameters(generator)
         if self.gate_logit is not None:
             self.gate_logit.fill_(_logit(self.config.gate_value))
         if self.gate_weight is not None:  # every token starts at its head's weight
@@ -373,11 +379,14 @@ class HybridMixer(nn.Module):
                 None,
                 None,
             )  # nothing else is computed
+        value_maps = (
+            None if self.phi_v is None or (linear_heads is None and phi_q is None) else self.phi_v.maps
+        )
         if head_windows is not None:
             return head_windows_attention(
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
                 heads=linear_heads or (), map_heads=config.map_heads, mixing=config.mixing,
-                update=config.state_update, **common,
+                update=config.state_update, value_maps=value_maps, **common,
             )  # fmt: skip
         if linear_heads is not None or (config.state_update == "delta" and phi_q is not None):
             assert phi_q is not None
@@ -386,7 +395,7 @@ class HybridMixer(nn.Module):
             return subset_attention(
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, heads=self.linear_indices,
                 map_heads=config.map_heads, window=window, mixing=config.mixing, update=config.state_update,
-                layout=config.layout, **common,
+                value_maps=value_maps, layout=config.layout, **common,
             )  # fmt: skip
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,

@@ -169,7 +169,7 @@ def state_bytes(model: nn.Module) -> int:
 
 def linear_head_bytes(config: HybridConfig, head_dim: int) -> int:
     """Of S and z of one head; the delta rule has no z."""
-    columns = head_dim + (config.state_update == "additive")
+    columns = config.value_size(head_dim) + (config.state_update == "additive")
     return config.features(head_dim) * columns * STATE_BYTES
 
 

@@ -146,6 +146,10 @@ def check_delta(
             f"expected initial_state of {list(k.shape[:2])} rows and heads, got "
             f"{list(state.linear_state.shape[:2])}."
         )
+    if state.linear_state.shape[-1] != v.shape[-1]:
+        raise ValueError(
+            f"expected initial_state of values of {v.shape[-1]} numbers, got {state.linear_state.shape[-1]}."
+        )
     if (state.folded_segment is None) != (segment_ids is None):
         raise ValueError("expected segment_ids in every part of a split sequence or in none.")
 

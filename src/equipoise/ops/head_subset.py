@@ -19,6 +19,7 @@ from equipoise.ops.types import (
     Layout,
     MapHeads,
     StateUpdate,
+    ValueMaps,
     accumulation_dtype,
 )
 
@@ -75,6 +76,7 @@ def subset_attention(
     map_heads: MapHeads = "query",
     mixing: str = "convex",
     update: StateUpdate = "additive",
+    value_maps: ValueMaps | None = None,
     layout: Layout = "sliding",
     gate: float | Tensor = 0.5,
     scale: float | None = None,
@@ -98,10 +100,17 @@ def subset_attention(
         map_heads: whether keys are mapped for each of those query heads (M = h), or once for all that share a
             key/value head, which must then be chosen together.
         update: how S takes in a key: ``additive``, or by the ``delta`` rule (mixing convex or competing).
+        value_maps: with the delta rule, projections of values to the C numbers that S keeps of them, one for
+            each of its heads, and back, one for each query head.
 
-    Other arguments, returns and errors as in `hybrid_attention`.
+    Other arguments and returns as in `hybrid_attention`.
+
+    Raises:
+        ValueError: ``value_maps`` without the delta rule; and what `hybrid_attention` raises.
     """
     branches = branches or Branches()
+    if value_maps is not None and update != "delta":
+        raise ValueError(f"expected value_maps with update delta alone, got update {update}.")
     if mixing != "convex" and update == "additive" and len(heads) == q.shape[1]:
         return hybrid_attention(
             q, k, v, phi_q, phi_k, window=window, mixing=mixing, layout=layout, gate=gate, scale=scale,
@@ -126,7 +135,11 @@ def subset_attention(
             logits = None if sink_logits is None else sink_logits[index]
             share = _window_share(chosen[0], chosen[1], share, held, {**seen, "sink_logits": logits})
         attention = delta_attention if update == "delta" else linear_attention
-        far, linear_state = attention(*chosen, phi_q, phi_k, initial_state=parts[1], **common)
+        queries, keys, values = chosen
+        far, linear_state = attention(
+            queries, keys, _projected(values, value_maps, 0), phi_q, phi_k, initial_state=parts[1], **common
+        )
+        far = _projected(far, value_maps, 1)
         mixed = _mix(near[:, index], far, share, branches, index)
     else:
         mixed, linear_state = hybrid_attention(
@@ -163,6 +176,15 @@ def _flag(flag: bool | Tensor, like: Tensor, index: Tensor) -> Tensor:
     if on.ndim == 2:
         on = on[:, index]
     return on.view(*on.shape, *[1] * (4 - on.ndim))
+
+
+def _projected(values: Tensor, maps: ValueMaps | None, which: int) -> Tensor:
+    """In the dtype that sums run in."""
+    if maps is None:
+        return values
+    dtype = accumulation_dtype(values.dtype)
+    with torch.autocast(values.device.type, enabled=False):
+        return values.to(dtype) @ maps[which].to(dtype)
 
 
 def _mix(near: Tensor, far: Tensor, gate: Tensor, branches: Branches, index: Tensor) -> Tensor:

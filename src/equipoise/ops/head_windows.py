@@ -19,6 +19,7 @@ from equipoise.ops.types import (
     FeatureMapLike,
     MapHeads,
     StateUpdate,
+    ValueMaps,
     accumulation_dtype,
 )
 
@@ -41,6 +42,7 @@ def head_windows_attention(
     map_heads: MapHeads = "query",
     mixing: str = "convex",
     update: StateUpdate = "additive",
+    value_maps: ValueMaps | None = None,
     gate: float | Tensor = 0.5,
     scale: float | None = None,
     softcap: float | None = None,
@@ -60,7 +62,7 @@ def head_windows_attention(
     Args:
         windows: tokens of each key/value head's window [N].
         heads: indices of the query heads that have a linear branch, in order; none if empty.
-        phi_q, phi_k, map_heads: features, or maps, of those heads, as in `subset_attention`.
+        phi_q, phi_k, map_heads, value_maps: features, or maps, of those heads, as in `subset_attention`.
 
     Other arguments and returns as in `hybrid_attention`.
 
@@ -95,6 +97,7 @@ def head_windows_attention(
             out, state = subset_attention(
                 *parts, _of_places(phi_q, linear), _of_places(phi_k, keys),
                 heads=own_heads, map_heads=map_heads, mixing=mixing, update=update,
+                value_maps=None if value_maps is None else (value_maps[0][keys], value_maps[1][linear]),
                 gate=gate.expand(*q.shape[:3])[:, index] if isinstance(gate, Tensor) else gate,
                 branches=flags_of(branches or Branches(), index), **settings,
             )  # fmt: skip

@@ -4,6 +4,7 @@ Shape legend, here and in every file of this package:
     B batch    H query heads    N key/value heads (H a multiple of N)    T new tokens    D head_dim
     E value head_dim    F feature dimension D_phi    M heads of phi(k), either H or N
     R tokens of history a window needs    P sinks    W slots of tokens that wait beside S
+    C what S keeps of a value, E where no value maps are given
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ Layout = Literal["sliding", "terraced"]
 Reading = Literal["literal", "renormalised"]
 StateUpdate = Literal["additive", "delta"]
 MapHeads = Literal["query", "key_value"]
+ValueMaps = tuple[Float[Tensor, "M E C"], Float[Tensor, "h C E"]]
+"""What a state keeps of values, vA, and what is made of what it answers, oB."""
 FeatureMapLike = Callable[[Tensor], Tensor]
 """Maps a block [B, heads, t, D] to features [B, heads', t, F]; applied block by block."""
 
@@ -59,7 +62,7 @@ class AttentionState:
     Attributes:
         keys, values: the last R tokens [B, N, R, D] and [B, N, R, E]; slots not yet filled are invalid.
         valid: which of them are real tokens [B, R].
-        linear_state: S, the sum of phi(k) v^T over the keys folded so far [B, M, F, E], float32 or wider.
+        linear_state: S, the sum of phi(k) v^T over the keys folded so far [B, M, F, C], float32 or wider.
         linear_normalizer: z, the sum of phi(k) over the same keys [B, M, F].
         folded: how many keys that is [B].
         segments: segment id of the R tokens [B, R], where sequences are packed.
@@ -81,7 +84,7 @@ class AttentionState:
     keys: Float[Tensor, "B N R D"]
     values: Float[Tensor, "B N R E"]
     valid: Bool[Tensor, "B R"]
-    linear_state: Float[Tensor, "B M F E"] | None = None
+    linear_state: Float[Tensor, "B M F C"] | None = None
     linear_normalizer: Float[Tensor, "B M F"] | None = None
     folded: Int[Tensor, " B"] | None = None
     segments: Int[Tensor, "B R"] | None = None
