@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from equipoise import hybridize, reach
 from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.layers.value_maps import NarrowValues
 from equipoise.layers.write_gates import WriteStrength
 from equipoise.models.branches import capture
 from equipoise.ops.delta import delta_attention
@@ -43,21 +44,24 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Arm:
-    """A map of F features, and to which power the weights of tokens are raised."""
+    """A map of F features, the power that weights of tokens are raised to, and what is kept of a value."""
 
     feature_map: str
     features: int
     power: int = 2
+    values: int = 32
 
     @property
     def name(self) -> str:
         """As the table says it."""
-        return f"{self.feature_map}, F = {self.features}, power {self.power}"
+        kept = "" if self.values == 32 else f", {self.values} of 32 numbers of each value"
+        return f"{self.feature_map}, F = {self.features}, power {self.power}{kept}"
 
 
 ARMS = (
     Arm("dpfp", 64, 1), Arm("dpfp", 64), Arm("dpfp", 64, 3), Arm("dpfp", 128), Arm("unit", 32),
     Arm("trilinear", 32), Arm("trilinear", 64), Arm("trilinear", 128),
+    Arm("trilinear", 64, values=16), Arm("trilinear", 128, values=16), Arm("trilinear", 128, values=8),
 )  # fmt: skip
 
 
@@ -106,14 +110,20 @@ class State(nn.Module):
         make = FEATURE_MAPS[arm.feature_map]
         self.phi_q = make(1, head_dim, arm.features)
         self.phi_k = WriteStrength(make(1, head_dim, arm.features).for_keys(), squares=True)
+        self.phi_v = NarrowValues(1, 1, head_dim, arm.values) if arm.values < head_dim else None
         generator = torch.Generator().manual_seed(seed)
-        self.phi_q.reset_parameters(generator)
-        self.phi_k.reset_parameters(generator)
+        for phi in (self.phi_q, self.phi_k, self.phi_v):
+            if phi is not None:
+                phi.reset_parameters(generator)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What is read at each token [B, T, D]."""
         q, k, v = (x[:, None] for x in (q, k, v))
-        return delta_attention(q, k, v, self.phi_q(q), self.phi_k(k))[0][:, 0]
+        phi_q, phi_k = self.phi_q(q), self.phi_k(k)
+        if self.phi_v is None:
+            return delta_attention(q, k, v, phi_q, phi_k)[0][:, 0]
+        down, up = self.phi_v.maps
+        return (delta_attention(q, k, v @ down, phi_q, phi_k)[0] @ up)[:, 0]
 
 
 def train(arm: Arm, seen: Seen, seed: int) -> State:
@@ -209,7 +219,7 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
         rows = [row for row in found if row["arm"] == arm.name]
         if rows:
             values = [over_seeds(np.array([row[name] for row in rows])) for name in columns]
-            yield line(arm.name, f"{arm.features * 32 * 4:,}", *values)
+            yield line(arm.name, f"{arm.features * arm.values * 4:,}", *values)
 
 
 if __name__ == "__main__":

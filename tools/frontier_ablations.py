@@ -30,6 +30,7 @@ def objectives(stage: str, *names: str, **more: Any) -> Changes:
 
 COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
 ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
+FITTED: Changes = {"transfer": {"fit_scores": True}}
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
 HALF_VALUES = hybrid(value_divisor=2)
@@ -65,6 +66,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "competing": COMPETING,
     "narrow-competing": both(NARROW, COMPETING),
     "fixed-gate": hybrid(gate="fixed"),
+    "fitted-scores": FITTED,
+    "fitted-competing": both(COMPETING, FITTED),
     # where bytes go
     "even-windows": {},
     "no-summaries": NO_SUMMARIES,
@@ -75,6 +78,11 @@ ABLATIONS: Mapping[str, Changes] = {
     "with-next-token": WITH_NEXT_TOKEN,
     "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
     "half-values-with-next-token": both(HALF_VALUES, {"allocation": {"heads": 0.5}}, WITH_NEXT_TOKEN),
+    "half-values-fitted": both(HALF_VALUES, {"allocation": {"heads": 0.5}}, both(FITTED, WITH_NEXT_TOKEN)),
+    "half-values-fitted-competing": both(
+        HALF_VALUES, {"allocation": {"heads": 0.5}}, both(FITTED, WITH_NEXT_TOKEN, COMPETING)
+    ),
+    "half-values-wide-fitted": both(HALF_VALUES, hybrid(feature_multiple=4), both(FITTED, WITH_NEXT_TOKEN)),
     "half-values-wide-with-next-token": both(HALF_VALUES, hybrid(feature_multiple=4), WITH_NEXT_TOKEN),
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},

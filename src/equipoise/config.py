@@ -162,6 +162,9 @@ class TransferConfig(Schedule):
     where windows are not enough)."""
     learning_rate: float = Field(default=1e-2, gt=0)
     """Peak learning rate of AdamW."""
+    fit_scores: bool = False
+    """Whether scores of the linear branch (mixing competing or calibrated) start where they share the donor's
+    attention out best, measured on the first rows, instead of at hybrid.gate_value."""
 
     @model_validator(mode="after")
     def _some(self) -> TransferConfig:

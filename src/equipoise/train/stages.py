@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from equipoise.config import ConfigError, FinetuneConfig, RunConfig, Schedule
+from equipoise.data.packing import collate
 from equipoise.distributed import from_leader, leader_does, ranks
 from equipoise.layers.guards import NumericalGuard, add_sums, guard_results
 from equipoise.layers.interface import mixers_of
@@ -30,6 +31,7 @@ from equipoise.train.probe import BranchProbe
 from equipoise.train.rank_trainer import TrainingDiverged
 from equipoise.train.releasing import release_memory
 from equipoise.train.schedules import draw_window_dropout, window_dropout_probability, window_size
+from equipoise.train.scores import ROWS, fit_scores
 from equipoise.train.stage_files import StageResult, clear, finished_result, latest_checkpoint, step_of
 from equipoise.train.trainer import StageTrainer, training_arguments
 from equipoise.train.watching import Attribution, Watcher
@@ -240,6 +242,11 @@ def transfer(
         parameter.requires_grad_(False)
     for mixer in mixers_of(model):
         mixer.requires_grad_(True)
+    if run.transfer.fit_scores:
+        size = run.transfer.micro_batch_size or run.transfer.batch_size
+        first = collate([rows[index] for index in range(min(ROWS, len(rows)))])
+        first.pop("labels", None)
+        fit_scores(model, first, batch_size=size)
     watchers = _watchers(run, run.transfer, held_out, watchers)
     every = run.watch.every if run.watch is not None and watchers else None
     trainer = TransferTrainer(

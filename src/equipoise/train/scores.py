@@ -1,0 +1,194 @@
+"""Where scores of the linear branch start: at what the donor's softmax weighs beyond the window.
+
+Mixing rules that set the linear branch beside the window's scores (`SCORED_RULES`) need a number on the scale
+of q . k / sqrt(D), and that scale is the donor's own: a score that is 50 too low has no weight, and no
+gradient either. Shapes as in `equipoise.ops.types`; n tokens are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equipoise.layers.mixer import HybridMixer, LayerInputs
+from equipoise.models.branches import capture, converted_mixers
+from equipoise.models.sharding import run_decoder
+from equipoise.ops.mix import SCORED_RULES
+
+QUERIES = 256
+"""Tokens of each row that are looked at, evenly spaced: all pairs of a long text would not fit in memory."""
+ROWS = 8
+"""Rows that are looked at."""
+NEWTON, RIDGE = 100, 1e-3
+"""Steps of Newton's method at most, and what keeps weights small that tell nothing (per sampled token)."""
+
+
+@dataclass
+class Seen:
+    """Of one layer, part by part.
+
+    Attributes:
+        q: queries [H, n, D].
+        far: share of the donor's softmax that lies beyond the window [H, n].
+        offset: logit of the linear branch's share at a score of 0 [H, n].
+    """
+
+    q: list[Tensor] = field(default_factory=list[Tensor])
+    far: list[Tensor] = field(default_factory=list[Tensor])
+    offset: list[Tensor] = field(default_factory=list[Tensor])
+
+
+@torch.no_grad()
+def fit_scores(
+    model: nn.Module, inputs: Mapping[str, Int[Tensor, "B T"]], *, batch_size: int = 4
+) -> dict[int, Float[Tensor, " H"]]:
+    """Start the scores of a hybrid's linear branches where they share the donor's attention out best.
+
+    The linear branch's share is sigmoid(q . w + b + offset) under these rules, and the donor's attention
+    beyond the window what it should be: a logistic regression for each head, by Newton's method.
+
+    Args:
+        model: converted; gates of layers with such a rule are changed in place.
+        inputs: of the model: input_ids, and attention_mask, segment_ids and position_ids where rows have any.
+        batch_size: rows at a time.
+
+    Returns:
+        By layer, how far the fitted shares are from the donor's on average [H].
+    """
+    layers = {mixer.layer_idx: Seen() for mixer in converted_mixers(model) if scored(mixer)}
+    if not layers:
+        return {}
+
+    def observer(mixer: HybridMixer, given: LayerInputs, output: Tensor) -> None:
+        if mixer.layer_idx in layers:
+            _look(mixer, given, layers[mixer.layer_idx])
+
+    device = next(model.parameters()).device
+    with capture(model, observer):
+        for start in range(0, len(inputs["input_ids"]), batch_size):
+            part: dict[str, Any] = {
+                name: tensor[start : start + batch_size].to(device) for name, tensor in inputs.items()
+            }
+            run_decoder(model, **part)
+    return {
+        mixer.layer_idx: _start(mixer, layers[mixer.layer_idx])
+        for mixer in converted_mixers(model)
+        if mixer.layer_idx in layers
+    }
+
+
+def scored(mixer: HybridMixer) -> bool:
+    """Whether the layer has a score to be learned."""
+    return mixer.has_both and mixer.config.mixing in SCORED_RULES and mixer.gate_logit is not None
+
+
+def _look(mixer: HybridMixer, given: LayerInputs, seen: Seen) -> None:
+    length = given.q.shape[2]
+    chosen = torch.linspace(0, length - 1, min(length, QUERIES), device=given.q.device).long()
+    visible, near, real = _masks(mixer, given, chosen)
+    q = given.q[:, :, chosen].double()
+    k = given.k.double().repeat_interleave(q.shape[1] // given.k.shape[1], 1)
+    scores = q @ k.mT * given.scale
+    if given.softcap is not None:
+        scores = given.softcap * torch.tanh(scores / given.softcap)
+    inside = scores.masked_fill(~near, -torch.inf).logsumexp(-1)
+    outside = scores.masked_fill(~(visible & ~near), -torch.inf).logsumexp(-1)
+    if given.sink_logits is not None:
+        inside = inside.logaddexp(given.sink_logits.double()[:, None])
+    offset = -inside
+    if mixer.config.mixing == "calibrated":  # which counts a score for every key
+        offset = offset + _log_normaliser(mixer, given, chosen, visible)
+    kept = real & torch.isfinite(outside).any(1)  # the first tokens see nothing beyond a window
+    for found, values in ((seen.q, q), (seen.far, (outside - inside).sigmoid()), (seen.offset, offset)):
+        found.append(values.transpose(0, 1)[:, kept])
+
+
+def _masks(mixer: HybridMixer, given: LayerInputs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which keys the donor sees and which of them the window [B, 1 or H, n, T], and which tokens are real."""
+    rows, length = given.q.shape[0], given.q.shape[2]
+    places = torch.arange(length, device=given.q.device)
+    real = given.q.new_ones(rows, length, dtype=torch.bool) if given.key_mask is None else given.key_mask
+    segments = given.segment_ids
+    segments = places.new_zeros(rows, length) if segments is None else segments
+    alike = segments[:, chosen, None] == segments[:, None]
+    back = chosen[:, None] - places
+    visible = alike & (back >= 0) & real[:, None]
+    if given.sliding_window is not None:
+        visible &= back < given.sliding_window
+    before = real.cumsum(1) - real.long()  # real tokens before each, and before its sequence
+    begins = torch.cat([torch.ones_like(real[:, :1]), segments[:, 1:] != segments[:, :-1]], 1)
+    first = torch.where(begins, places, 0).cummax(1).values
+    sink = before - before.gather(1, first) < mixer.config.sinks
+    windows = torch.tensor(mixer.windows, device=places.device)
+    near = visible[:, None] & ((back < windows[:, None, None]) | sink[:, None, None])
+    return visible[:, None], near, real[:, chosen]
+
+
+def _log_normaliser(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, visible: Tensor) -> Tensor:
+    """log of phi(q) . z at each token [B, H, n]; 0 for heads without a linear branch."""
+    assert mixer.phi_q is not None
+    assert mixer.phi_k is not None
+    linear = mixer.linear_inputs(given)
+    dtype = next(mixer.parameters()).dtype
+    phi_q = mixer.phi_q(linear.q[:, :, chosen].to(dtype)).double()
+    phi_k = mixer.phi_k(linear.k.to(dtype)).double()
+    phi_k = phi_k.repeat_interleave(phi_q.shape[1] // phi_k.shape[1], 1)
+    sums = (phi_q @ phi_k.mT).masked_fill(~visible, 0).sum(-1)
+    return torch.nan_to_num(mixer.on_all_heads(sums.log()))
+
+
+def _start(mixer: HybridMixer, seen: Seen) -> Tensor:
+    """Fit w and b of every head, and put them into the layer's gate."""
+    assert mixer.gate_logit is not None
+    q, far, offset = (torch.cat(of, 1) for of in (seen.q, seen.far, seen.offset))
+    if not q.shape[1]:  # no token sees beyond its window
+        return far.new_zeros(len(far))
+    ones = torch.ones_like(q[..., :1])
+    given = ones if mixer.gate_weight is None else torch.cat([q, ones], -1)
+    found = logistic(given, far, offset)
+    mixer.gate_logit.copy_(found[:, -1:])
+    if mixer.gate_weight is not None:
+        mixer.gate_weight.copy_(found[:, :-1])
+    fitted = (torch.einsum("hnd,hd->hn", given, found) + offset).sigmoid()
+    return (fitted - far).abs().mean(1)
+
+
+def logistic(
+    given: Float[Tensor, "H n D"], target: Float[Tensor, "H n"], offset: Float[Tensor, "H n"]
+) -> Float[Tensor, "H D"]:
+    """Weights of sigmoid(x . w + offset) whose cross entropy to a target in [0, 1] is least, with a ridge.
+
+    Starts from least squares for the target's logit, as Newton's method finds no way from where every share
+    is 0 or 1; steps are halved until they help.
+    """
+    count, size = given.shape[1:]
+    ridge = RIDGE * count * torch.eye(size, dtype=given.dtype, device=given.device)
+
+    def loss(weights: Tensor) -> Tensor:
+        logits = torch.einsum("hnd,hd->hn", given, weights) + offset
+        entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
+        return entropy + 0.5 * RIDGE * count * weights.square().sum(1)
+
+    wanted = target.logit(1e-6) - offset
+    weights = torch.linalg.solve(given.mT @ given + ridge, (given.mT @ wanted[..., None]))[..., 0]
+    for _ in range(NEWTON):
+        shares = (torch.einsum("hnd,hd->hn", given, weights) + offset).sigmoid()
+        gradient = torch.einsum("hnd,hn->hd", given, shares - target) + RIDGE * count * weights
+        curvature = (given * (shares * (1 - shares))[..., None]).mT @ given + ridge
+        step = torch.linalg.solve(curvature, gradient[..., None])[..., 0]
+        before, size_of = loss(weights), torch.ones_like(weights[:, :1])
+        for _ in range(NEWTON):
+            worse = loss(weights - size_of * step) > before
+            if not worse.any():
+                break
+            size_of = torch.where(worse[:, None], size_of / 2, size_of)
+        weights = torch.where(worse[:, None], weights, weights - size_of * step)
+        if float(gradient.norm()) < 1e-8 * count:
+            break
+    return weights
