@@ -96,9 +96,9 @@ def test_shares_are_the_donors_as_far_as_q_tells(own: dict[str, Any], kind: str)
         for head in heads:
             donor, ours, q = (of[head] for of in after[layer])
             assert float((donor - ours).abs().mean()) == pytest.approx(float(errors[layer][head]), abs=1e-6)
-            assert (donor - ours).abs().mean() < (
-                before[layer][0][head] - before[layer][1][head]
-            ).abs().mean()
+            if kind == "plain":  # cross entropy is what is least, not this
+                then = before[layer]
+                assert (donor - ours).abs().mean() < (then[0][head] - then[1][head]).abs().mean()
             weight, bias = mixer.gate_weight, mixer.gate_logit
             assert weight is not None
             assert bias is not None
@@ -109,7 +109,7 @@ def test_shares_are_the_donors_as_far_as_q_tells(own: dict[str, Any], kind: str)
 
 def test_layers_without_scores_are_left_alone() -> None:
     plain: dict[str, Any] = {"mixing": "convex", "linear_heads": (0,)}
-    model = converted(per_layer={0: MEANS, 1: plain})
+    model = converted(**plain, per_layer={0: MEANS})
     before = [mixer.gate_logit.clone() for mixer in mixers_of(model) if mixer.gate_logit is not None]
     assert list(fit_scores(model, inputs("plain"))) == [0]
     after = [mixer.gate_logit for mixer in mixers_of(model)]
@@ -147,14 +147,14 @@ def test_long_texts_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestLogistic:
-    def test_it_finds_the_weights(self) -> None:
+    def test_it_finds_the_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Shares that are a logistic function of x, behind offsets of dozens of nats."""
-        x, wanted = normal(2, 400, 3, seed=1), torch.tensor([[1.0, -2.0, 0.5], [0.2, 0.0, 3.0]]).double()
-        offset = 20 * normal(2, 400, seed=2) - torch.einsum("hnd,hd->hn", 20 * x, wanted)
-        target = (torch.einsum("hnd,hd->hn", x, 21 * wanted) + offset).sigmoid()
-        found = logistic(x, target, offset)
-        shares = (torch.einsum("hnd,hd->hn", x, found) + offset).sigmoid()
-        assert float((shares - target).abs().mean()) < 0.02
+        x = torch.cat([normal(2, 400, 3, seed=1), torch.ones(2, 400, 1, dtype=torch.float64)], -1)
+        wanted = torch.tensor([[1.0, -2.0, 0.5, 40.0], [0.2, 0.0, 3.0, 90.0]]).double()
+        offset = normal(2, 400, seed=2) - wanted[:, 3:]
+        target = (torch.einsum("hnd,hd->hn", x, wanted) + offset).sigmoid()
+        monkeypatch.setattr(scores, "RIDGE", 1e-7)
+        torch.testing.assert_close(logistic(x, target, offset), wanted, rtol=1e-2, atol=1e-2)
 
     def test_shares_of_0_and_1_are_no_trouble(self) -> None:
         x, target = normal(1, 50, 3, seed=1), (normal(1, 50, seed=3) > 0).double()

@@ -58,6 +58,9 @@ def check_streamable(run: RunConfig) -> None:
     if far:
         reasons.append(f"{far} looks at predictions, which all layers make together")
         changes.append("--set 'transfer.objectives={output: 1.0, hybrid-output: 1.0}'")
+    if run.transfer.fit_scores:
+        reasons.append("fit_scores runs the donor before layers are trained")
+        changes.append("--set transfer.fit_scores=false")
     if run.allocation is not None:
         reasons.append("allocation measures all of it")
         changes.append("--set allocation=null")

@@ -25,8 +25,9 @@ QUERIES = 256
 """Tokens of each row that are looked at, evenly spaced: all pairs of a long text would not fit in memory."""
 ROWS = 8
 """Rows that are looked at."""
-NEWTON, RIDGE = 100, 1e-3
-"""Steps of Newton's method at most, and what keeps weights small that tell nothing (per sampled token)."""
+NEWTON, LEAST_STEP, RIDGE = 100, 1e-6, 1e-3
+"""Steps of Newton's method at most, the part of one that is still tried, and what keeps weights small that
+tell nothing (per sampled token)."""
 
 
 @dataclass
@@ -182,13 +183,12 @@ def logistic(
         gradient = torch.einsum("hnd,hn->hd", given, shares - target) + RIDGE * count * weights
         curvature = (given * (shares * (1 - shares))[..., None]).mT @ given + ridge
         step = torch.linalg.solve(curvature, gradient[..., None])[..., 0]
-        before, size_of = loss(weights), torch.ones_like(weights[:, :1])
-        for _ in range(NEWTON):
-            worse = loss(weights - size_of * step) > before
-            if not worse.any():
-                break
-            size_of = torch.where(worse[:, None], size_of / 2, size_of)
-        weights = torch.where(worse[:, None], weights, weights - size_of * step)
+        before, part = loss(weights), torch.ones_like(weights[:, :1])
+        worse = loss(weights - part * step) > before
+        while worse.any() and part.min() > LEAST_STEP:
+            part = torch.where(worse[:, None], part / 2, part)
+            worse = loss(weights - part * step) > before
+        weights = torch.where(worse[:, None], weights, weights - part * step)
         if float(gradient.norm()) < 1e-8 * count:
             break
     return weights

@@ -244,7 +244,7 @@ def transfer(
         mixer.requires_grad_(True)
     if run.transfer.fit_scores:
         size = run.transfer.micro_batch_size or run.transfer.batch_size
-        first = collate([rows[index] for index in range(min(ROWS, len(rows)))])
+        first = collate([rows[index] for index in range(min(ROWS, len(rows)))])  # pyright: ignore[reportArgumentType]
         first.pop("labels", None)
         fit_scores(model, first, batch_size=size)
     watchers = _watchers(run, run.transfer, held_out, watchers)
