@@ -38,21 +38,22 @@ from equipoise.ops.eviction import Eviction
 from equipoise.recall_donor import write_documents
 from equipoise.train.convert import convert
 from equipoise.train.recipes import load_recipe
-from frontier_ablations import ABLATIONS, FIRST
+from frontier_ablations import ABLATIONS, BEFORE, FIRST, both
 from frontier_texts import Setting, Split, rows_of, scored, with_more_pairs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "frontier.jsonl"
 WINDOWS = RESULTS.with_name("frontier-windows.json")
 """Windows that a search found: it takes minutes, and every seed has the same."""
-MOVES, SHARE, SMALL, SHARE_OF_SMALL = 400, 0.125, 24, 0.25
-"""Measurements by which windows are improved, the rivals' and ours; share of bytes for linear branches, and a
-larger one for budgets of so few tokens, where a single head weighs more."""
+MOVES, SHARE, SMALL = 400, 0.125, 24
+"""Measurements by which windows are improved, the rivals' and ours; share of bytes for linear branches; and
+budgets of so few tokens had twice the share before states had half of each value."""
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 SINKS = 4
 """Of every window, to begin with."""
-FOUR_SINKS = "-four-sinks"
-"""At the end of a run's name: no layer has fewer, as all runs before 2026-11-29, 16:00."""
+OF_OLD = "-before"
+"""At the end of a run's name: as the recipe and its rivals were until 2026-11-29, 17:00 (`BEFORE`), with four
+sinks in every layer; they are measured since, for rivals and for ours."""
 STEPS = 800
 """Optimiser steps of all stages together, of 2,048 tokens each."""
 SCALE: Mapping[str, Any] = {
@@ -169,7 +170,7 @@ def shared_out(
     assert run.allocation is not None
     hybrid, head = run.hybrid, linear_head_bytes(run.hybrid, at.head_dim)
     bytes_, allocation = at.tokens * at.token_bytes, dict(allocation)
-    share = (SHARE_OF_SMALL if at.tokens <= SMALL else SHARE) * allocation.pop("heads", 1)
+    share = SHARE * allocation.pop("heads", 1)
     settings = run.allocation.model_copy(
         update={"state_bytes": bytes_, "linear_share": share, "moves": MOVES, **allocation}
     )
@@ -178,7 +179,8 @@ def shared_out(
         found = allocate(loaded(at), measured_rows(at), hybrid, settings, batch_size=2 * at.rows).hybrid
         return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
-    own = json.dumps([settings.linear_share, settings.elsewhere], sort_keys=True)
+    small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k != "value_divisor"}
+    own = json.dumps([settings.linear_share, small], sort_keys=True)
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
@@ -198,13 +200,15 @@ def shared_out(
 
 def settings_of(name: str, at: Setting, steps: int = STEPS) -> tuple[str, dict[str, Any]]:
     """Recipe and settings of a run that trains both branches."""
+    of_old, name = name.endswith(OF_OLD), name.removesuffix(OF_OLD)
     first = steps // FIRST.get(name, 8 if name in ABLATIONS else 4)
     half = {"transfer": {"max_steps": first}, "finetune": {"max_steps": steps - first}}
     delta = name in ABLATIONS and "state_update" not in ABLATIONS[name].get("hybrid", {})
     rates = DELTA_SCALE if delta else SCALE
     scale = {stage: {**rates[stage], **half[stage]} for stage in half}
     if name in ABLATIONS:
-        own = {part: dict(values) for part, values in ABLATIONS[name].items()}
+        changes = both(BEFORE, ABLATIONS[name]) if of_old else ABLATIONS[name]
+        own = {part: dict(values) for part, values in changes.items()}
         merged = {stage: {**scale[stage], **own.pop(stage, {})} for stage in scale}
         hybrid = {"sinks": SINKS, **own.get("hybrid", {})}
         return "equipoise", {**merged, "hybrid": hybrid, "allocation": None}
@@ -224,8 +228,8 @@ def made(
     name: str, at: Setting, seed: int, steps: int, console: Console
 ) -> tuple[PreTrainedModel, AttentionMode | str | None]:
     """The model of a run, and the mode to score it in where that is not its own."""
-    fewer_sinks, name = not name.endswith(FOUR_SINKS), name.removesuffix(FOUR_SINKS)
-    base, _, how = name.partition(":")
+    of_old = name.endswith(OF_OLD)
+    base, _, how = name.removesuffix(OF_OLD).partition(":")
     if base == "donor":
         return hybridize(loaded(at), even(at.tokens), check=False), "softmax"
     if base == "heavy-hitters":
@@ -234,7 +238,7 @@ def made(
         config = (
             even(at.tokens)
             if base == "even"
-            else moved(at, by_head=base == "moved-heads", fewer_sinks=fewer_sinks)
+            else moved(at, by_head=base == "moved-heads", fewer_sinks=not of_old)
         )
         if not how:
             return hybridize(loaded(at), config, check=False), None
@@ -242,9 +246,11 @@ def made(
         tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": dict.fromkeys(TUNING[how], 1.0)}
         settings = {"hybrid": hybrid, "finetune": tuned}
         return converted(at, settings, "swa-sinks", seed, steps, console), None
-    recipe, settings = settings_of(base, at, steps)
+    recipe, settings = settings_of(f"{base}{OF_OLD}" if of_old else base, at, steps)
     if base in ABLATIONS:
-        own = {**ABLATIONS[base].get("allocation", {}), "fewer_sinks": fewer_sinks}
+        own = dict(ABLATIONS[base].get("allocation", {}))
+        if of_old:
+            own |= {"fewer_sinks": False, "heads": own.get("heads", 1) * (2 if at.tokens <= SMALL else 1)}
         settings["hybrid"] = shared_out(at, settings["hybrid"], own, evenly=base == "even-windows")
     return converted(at, settings, recipe, seed, steps, console), None
 

@@ -30,10 +30,8 @@ def objectives(stage: str, *names: str, **more: Any) -> Changes:
 
 COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
 ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
-FITTED: Changes = {"transfer": {"fit_scores": True}}
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
-HALF_VALUES = hybrid(value_divisor=2)
 NARROW, WIDE = hybrid(feature_multiple=1), both(hybrid(feature_multiple=4), TWICE)
 PREDICTIONS = both(
     objectives("transfer", "output", "hybrid-output"),
@@ -47,6 +45,13 @@ UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_ga
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
 FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
+BEFORE: Changes = both(
+    objectives("finetune", "distillation", "far-distillation", "far-reads"),
+    hybrid(value_divisor=1),
+    {"transfer": {"fit_scores": False}},
+)
+"""What the recipe was until 2026-11-29, 17:00; then it had four sinks in every layer, too."""
+
 ABLATIONS: Mapping[str, Changes] = {
     "equipoise": {},
     # maps and bytes
@@ -54,39 +59,38 @@ ABLATIONS: Mapping[str, Changes] = {
     "dpfp-narrow": both(hybrid(feature_map="dpfp"), NARROW),
     "narrow": NARROW,
     "wide": WIDE,
+    "whole-values": both(hybrid(value_divisor=1), TWICE),
+    "quarter-values-wide": hybrid(value_divisor=4, feature_multiple=4),
     "two-heads": TWICE,
-    "half-values": HALF_VALUES,
-    "half-values-wide": both(HALF_VALUES, hybrid(feature_multiple=4)),
     "state-per-query": hybrid(map_heads="query"),
     # writes, gates, states
     "linear-writes": hybrid(write_gate="per_token"),
     "full-writes": hybrid(write_gate="none"),
-    "additive": ADDITIVE,
-    "additive-hedgehog": both(ADDITIVE, hybrid(feature_map="hedgehog")),
-    "competing": COMPETING,
-    "narrow-competing": both(NARROW, COMPETING),
+    "additive": both(ADDITIVE, hybrid(value_divisor=1), TWICE),
+    "additive-hedgehog": both(ADDITIVE, hybrid(feature_map="hedgehog", value_divisor=1), TWICE),
+    "competing": hybrid(mixing="competing"),
+    "unfitted-scores": {"transfer": {"fit_scores": False}},
     "fixed-gate": hybrid(gate="fixed"),
-    "fitted-scores": FITTED,
-    "fitted-competing": both(COMPETING, FITTED),
     # where bytes go
     "even-windows": {},
+    "four-sinks": {"allocation": {"fewer_sinks": False}},
     "no-summaries": NO_SUMMARIES,
     # what is learned from
-    "predictions": PREDICTIONS,
-    "no-far": both(PREDICTIONS, objectives("finetune", "distillation")),
-    "next-token": both(PREDICTIONS, objectives("finetune", "next-token")),
-    "with-next-token": WITH_NEXT_TOKEN,
-    "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
-    "half-values-with-next-token": both(HALF_VALUES, {"allocation": {"heads": 0.5}}, WITH_NEXT_TOKEN),
-    "half-values-fitted": both(HALF_VALUES, {"allocation": {"heads": 0.5}}, both(FITTED, WITH_NEXT_TOKEN)),
-    "half-values-fitted-competing": both(
-        HALF_VALUES, {"allocation": {"heads": 0.5}}, both(FITTED, WITH_NEXT_TOKEN, COMPETING)
+    "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
+    "predictions": both(
+        objectives("transfer", "output", "hybrid-output"),
+        objectives("finetune", "distillation", "far-distillation", "next-token"),
     ),
-    "half-values-wide-fitted": both(HALF_VALUES, hybrid(feature_multiple=4), both(FITTED, WITH_NEXT_TOKEN)),
-    "half-values-wide-with-next-token": both(HALF_VALUES, hybrid(feature_multiple=4), WITH_NEXT_TOKEN),
+    "no-far": both(
+        objectives("transfer", "output", "hybrid-output"),
+        objectives("finetune", "distillation", "next-token"),
+    ),
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
-    # what the recipe was
+    # what it was compared with before
+    "with-next-token": WITH_NEXT_TOKEN,
+    "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
+    "narrow-competing": both(NARROW, COMPETING),
     "dpfp-predictions": DPFP,
     "dpfp-predictions-narrow": both(DPFP, NARROW),
     "dpfp-predictions-wide": both(DPFP, WIDE),

@@ -146,8 +146,11 @@ class TestAgainstTheMethod:
         assert run.transfer is not None
         assert run.transfer.objectives == {"output": 1.0, "far-output": 1.0, "hybrid-output": 1.0}
         assert run.finetune is not None
-        assert run.finetune.objectives == {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0}
-        assert layer.map_heads == "key_value"
+        names = ("distillation", "far-distillation", "far-reads", "next-token")
+        assert run.finetune.objectives == dict.fromkeys(names, 1.0)
+        assert (layer.map_heads, layer.value_divisor) == ("key_value", 2)
+        assert run.transfer.fit_scores
+        assert run.allocation.fewer_sinks
         assert run.finetune.train_maps
         assert run.finetune.window_dropout is None
 
