@@ -61,7 +61,7 @@ class Arm:
 ARMS = (
     Arm("dpfp", 64, 1), Arm("dpfp", 64), Arm("dpfp", 64, 3), Arm("dpfp", 128), Arm("unit", 32),
     Arm("trilinear", 32), Arm("trilinear", 64), Arm("trilinear", 128),
-    Arm("trilinear", 64, values=16), Arm("trilinear", 128, values=16), Arm("trilinear", 128, values=8),
+    Arm("trilinear", 64, values=16), Arm("trilinear", 128, values=16),
 )  # fmt: skip
 
 
