@@ -8,7 +8,7 @@ gradient either. Shapes as in `equipoise.ops.types`; n tokens are sampled.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import capture, converted_mixers
 from equipoise.models.sharding import run_decoder
 from equipoise.ops.mix import SCORED_RULES
+from equipoise.ops.types import accumulation_dtype
 
 QUERIES = 256
 """Tokens of each row that are looked at, evenly spaced: all pairs of a long text would not fit in memory."""
@@ -92,56 +93,68 @@ def scored(mixer: HybridMixer) -> bool:
 def _look(mixer: HybridMixer, given: LayerInputs, seen: Seen) -> None:
     length = given.q.shape[2]
     chosen = torch.linspace(0, length - 1, min(length, QUERIES), device=given.q.device).long()
+    for row in range(given.q.shape[0]):  # one at a time: n x T scores of every head weigh enough
+        _look_at(mixer, _row(given, row), chosen, seen)
+
+
+def _row(given: LayerInputs, row: int) -> LayerInputs:
+    def own(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor[row : row + 1]
+
+    return replace(
+        given, q=own(given.q), k=own(given.k), v=own(given.v), key_mask=own(given.key_mask),
+        segment_ids=own(given.segment_ids),
+    )  # fmt: skip
+
+
+def _look_at(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, seen: Seen) -> None:
+    """Of one row. What is kept is small, and goes to the CPU, where there is float64 on every machine."""
     visible, near, real = _masks(mixer, given, chosen)
-    q = given.q[:, :, chosen].double()
-    k = given.k.double().repeat_interleave(q.shape[1] // given.k.shape[1], 1)
+    dtype = accumulation_dtype(given.q.dtype)
+    q = given.q[0, :, chosen].to(dtype)
+    k = given.k[0].to(dtype).repeat_interleave(len(q) // given.k.shape[1], 0)
     scores = q @ k.mT * given.scale
     if given.softcap is not None:
         scores = given.softcap * torch.tanh(scores / given.softcap)
     inside = scores.masked_fill(~near, -torch.inf).logsumexp(-1)
     outside = scores.masked_fill(~(visible & ~near), -torch.inf).logsumexp(-1)
     if given.sink_logits is not None:
-        inside = inside.logaddexp(given.sink_logits.double()[:, None])
+        inside = inside.logaddexp(given.sink_logits.to(dtype)[:, None])
     offset = -inside
     if mixer.config.mixing == "calibrated":  # which counts a score for every key
         offset = offset + _log_normaliser(mixer, given, chosen, visible)
-    kept = real & torch.isfinite(outside).any(1)  # the first tokens see nothing beyond a window
+    kept = real & torch.isfinite(outside).any(0)  # the first tokens see nothing beyond a window
     for found, values in ((seen.q, q), (seen.far, (outside - inside).sigmoid()), (seen.offset, offset)):
-        found.append(values.transpose(0, 1)[:, kept])
+        found.append(values[:, kept].cpu().double())
 
 
 def _masks(mixer: HybridMixer, given: LayerInputs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which keys the donor sees and which of them the window [B, 1 or H, n, T], and which tokens are real."""
-    rows, length = given.q.shape[0], given.q.shape[2]
+    """Which keys the donor sees [n, T], which of them the window [H, n, T], and which tokens are real [n]."""
+    length = given.q.shape[2]
     places = torch.arange(length, device=given.q.device)
-    real = given.q.new_ones(rows, length, dtype=torch.bool) if given.key_mask is None else given.key_mask
-    segments = given.segment_ids
-    segments = places.new_zeros(rows, length) if segments is None else segments
-    alike = segments[:, chosen, None] == segments[:, None]
+    real = torch.ones_like(places, dtype=torch.bool) if given.key_mask is None else given.key_mask[0]
+    segments = torch.zeros_like(places) if given.segment_ids is None else given.segment_ids[0]
     back = chosen[:, None] - places
-    visible = alike & (back >= 0) & real[:, None]
+    visible = (segments[chosen, None] == segments) & (back >= 0) & real
     if given.sliding_window is not None:
         visible &= back < given.sliding_window
-    before = real.cumsum(1) - real.long()  # real tokens before each, and before its sequence
-    begins = torch.cat([torch.ones_like(real[:, :1]), segments[:, 1:] != segments[:, :-1]], 1)
-    first = torch.where(begins, places, 0).cummax(1).values
-    sink = before - before.gather(1, first) < mixer.config.sinks
+    before = real.cumsum(0) - real.long()  # real tokens before each, and before its sequence
+    begins = torch.cat([torch.ones_like(real[:1]), segments[1:] != segments[:-1]])
+    first = torch.where(begins, places, 0).cummax(0).values
+    sink = before - before[first] < mixer.config.sinks
     windows = torch.tensor(mixer.windows, device=places.device)
-    near = visible[:, None] & ((back < windows[:, None, None]) | sink[:, None, None])
-    return visible[:, None], near, real[:, chosen]
+    return visible, visible & ((back < windows[:, None, None]) | sink), real[chosen]
 
 
 def _log_normaliser(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, visible: Tensor) -> Tensor:
-    """log of phi(q) . z at each token [B, H, n]; 0 for heads without a linear branch."""
+    """log of phi(q) . z at each token [H, n]; 0 for heads without a linear branch."""
     assert mixer.phi_q is not None
     assert mixer.phi_k is not None
-    linear = mixer.linear_inputs(given)
-    dtype = next(mixer.parameters()).dtype
-    phi_q = mixer.phi_q(linear.q[:, :, chosen].to(dtype)).double()
-    phi_k = mixer.phi_k(linear.k.to(dtype)).double()
+    linear, dtype = mixer.linear_inputs(given), next(mixer.parameters()).dtype
+    phi_q, phi_k = mixer.phi_q(linear.q[:, :, chosen].to(dtype)), mixer.phi_k(linear.k.to(dtype))
     phi_k = phi_k.repeat_interleave(phi_q.shape[1] // phi_k.shape[1], 1)
     sums = (phi_q @ phi_k.mT).masked_fill(~visible, 0).sum(-1)
-    return torch.nan_to_num(mixer.on_all_heads(sums.log()))
+    return torch.nan_to_num(mixer.on_all_heads(sums.log()))[0]
 
 
 def _start(mixer: HybridMixer, seen: Seen) -> Tensor:
