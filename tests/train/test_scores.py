@@ -146,6 +146,31 @@ def test_long_texts_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("what", ["softcap", "sliding_window", "sink_logits"])
+def test_what_donors_do_to_scores_counts(what: str) -> None:
+    """Scores that are capped, windows of the donor's own, and learned sinks, which are no part of the far."""
+    settings: dict[str, Any] = {**MEANS, "linear_heads": None, "window": 4, "sinks": 1}
+    mixer = HybridMixer(HybridConfig(**settings), heads=2, kv_heads=1, head_dim=8, layer_idx=0).double()
+    q, k, v = (2 * normal(1, heads, T, 8, seed=seed) for seed, heads in enumerate((2, 1, 1)))
+    more: dict[str, Any] = {
+        "softcap": 3.0, "sliding_window": 9, "sink_logits": torch.tensor([5.0, -5.0]).double(),
+    }  # fmt: skip
+    seen = scores.Seen()
+    scores._look(mixer, LayerInputs(q, k, v, 0.5, **{what: more[what]}), seen)
+    s = q[0] @ k[0, 0].mT * 0.5
+    if what == "softcap":
+        s = 3 * torch.tanh(s / 3)
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    whole = (back >= 0) & (back < (9 if what == "sliding_window" else T))
+    weights = s.exp() * whole
+    far = (weights * ((back >= 4) & (torch.arange(T) > 0))).sum(-1)
+    others = torch.tensor([5.0, -5.0]).double().exp()[:, None] if what == "sink_logits" else 0.0
+    kept = slice(5, None)  # the first token beyond a window of 4 and a sink
+    torch.testing.assert_close(seen.far[0], (far / (weights.sum(-1) + others))[:, kept])
+    near = weights.sum(-1) - far + others
+    torch.testing.assert_close(seen.offset[0], (whole.sum(-1).double().log() - near.log())[:, kept])
+
+
 class TestLogistic:
     def test_it_finds_the_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Shares that are a logistic function of x, behind offsets of dozens of nats."""
