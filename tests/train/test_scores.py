@@ -163,12 +163,14 @@ def test_what_donors_do_to_scores_counts(what: str) -> None:
     back = torch.arange(T)[:, None] - torch.arange(T)
     whole = (back >= 0) & (back < (9 if what == "sliding_window" else T))
     weights = s.exp() * whole
-    far = (weights * ((back >= 4) & (torch.arange(T) > 0))).sum(-1)
+    beyond = (back >= 4) & (torch.arange(T) > 0)
+    far, near = ((weights * part).sum(-1) for part in (beyond, ~beyond))
     others = torch.tensor([5.0, -5.0]).double().exp()[:, None] if what == "sink_logits" else 0.0
     kept = slice(5, None)  # the first token beyond a window of 4 and a sink
-    torch.testing.assert_close(seen.far[0], (far / (weights.sum(-1) + others))[:, kept])
-    near = weights.sum(-1) - far + others
-    torch.testing.assert_close(seen.offset[0], (whole.sum(-1).double().log() - near.log())[:, kept])
+    near = near + others
+    torch.testing.assert_close(seen.far[0], (far / (far + near))[:, kept])
+    counted = torch.arange(1, T + 1).double().log()  # sums are of all keys, whatever the donor sees
+    torch.testing.assert_close(seen.offset[0], (counted - near.log())[:, kept])
 
 
 class TestLogistic:

@@ -109,7 +109,7 @@ def _row(given: LayerInputs, row: int) -> LayerInputs:
 
 def _look_at(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, seen: Seen) -> None:
     """Of one row. What is kept is small, and goes to the CPU, where there is float64 on every machine."""
-    visible, near, real = _masks(mixer, given, chosen)
+    earlier, visible, near, real = _masks(mixer, given, chosen)
     dtype = accumulation_dtype(given.q.dtype)
     q = given.q[0, :, chosen].to(dtype)
     k = given.k[0].to(dtype).repeat_interleave(len(q) // given.k.shape[1], 0)
@@ -122,38 +122,37 @@ def _look_at(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, seen: Seen)
         inside = inside.logaddexp(given.sink_logits.to(dtype)[:, None])
     offset = -inside
     if mixer.config.mixing == "calibrated":  # which counts a score for every key
-        offset = offset + _log_normaliser(mixer, given, chosen, visible)
+        offset = offset + _log_normaliser(mixer, given, chosen, earlier)
     kept = real & torch.isfinite(outside).any(0)  # the first tokens see nothing beyond a window
     for found, values in ((seen.q, q), (seen.far, (outside - inside).sigmoid()), (seen.offset, offset)):
         found.append(values[:, kept].cpu().double())
 
 
-def _masks(mixer: HybridMixer, given: LayerInputs, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which keys the donor sees [n, T], which of them the window [H, n, T], and which tokens are real [n]."""
+def _masks(mixer: HybridMixer, given: LayerInputs, chosen: Tensor) -> tuple[Tensor, ...]:
+    """Keys that came before, those that the donor sees [n, T], of these the window [H, n, T]; real tokens [n]."""
     length = given.q.shape[2]
     places = torch.arange(length, device=given.q.device)
     real = torch.ones_like(places, dtype=torch.bool) if given.key_mask is None else given.key_mask[0]
     segments = torch.zeros_like(places) if given.segment_ids is None else given.segment_ids[0]
     back = chosen[:, None] - places
-    visible = (segments[chosen, None] == segments) & (back >= 0) & real
-    if given.sliding_window is not None:
-        visible &= back < given.sliding_window
+    earlier = (segments[chosen, None] == segments) & (back >= 0) & real
+    visible = earlier if given.sliding_window is None else earlier & (back < given.sliding_window)
     before = real.cumsum(0) - real.long()  # real tokens before each, and before its sequence
     begins = torch.cat([torch.ones_like(real[:1]), segments[1:] != segments[:-1]])
     first = torch.where(begins, places, 0).cummax(0).values
     sink = before - before[first] < mixer.config.sinks
     windows = torch.tensor(mixer.windows, device=places.device)
-    return visible, visible & ((back < windows[:, None, None]) | sink), real[chosen]
+    return earlier, visible, visible & ((back < windows[:, None, None]) | sink), real[chosen]
 
 
-def _log_normaliser(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, visible: Tensor) -> Tensor:
+def _log_normaliser(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, earlier: Tensor) -> Tensor:
     """log of phi(q) . z at each token [H, n]; 0 for heads without a linear branch."""
     assert mixer.phi_q is not None
     assert mixer.phi_k is not None
     linear, dtype = mixer.linear_inputs(given), next(mixer.parameters()).dtype
     phi_q, phi_k = mixer.phi_q(linear.q[:, :, chosen].to(dtype)), mixer.phi_k(linear.k.to(dtype))
     phi_k = phi_k.repeat_interleave(phi_q.shape[1] // phi_k.shape[1], 1)
-    sums = (phi_q @ phi_k.mT).masked_fill(~visible, 0).sum(-1)
+    sums = (phi_q @ phi_k.mT).masked_fill(~earlier, 0).sum(-1)
     return torch.nan_to_num(mixer.on_all_heads(sums.log()))[0]
 
 
