@@ -129,7 +129,7 @@ def _look_at(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, seen: Seen)
 
 
 def _masks(mixer: HybridMixer, given: LayerInputs, chosen: Tensor) -> tuple[Tensor, ...]:
-    """Keys that came before, those that the donor sees [n, T], of these the window [H, n, T]; real tokens [n]."""
+    """Keys that came before, those the donor sees [n, T], of these the window [H, n, T]; real tokens [n]."""
     length = given.q.shape[2]
     places = torch.arange(length, device=given.q.device)
     real = torch.ones_like(places, dtype=torch.bool) if given.key_mask is None else given.key_mask[0]
