@@ -305,7 +305,9 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"far-output looks at predictions.*objectives=\{output: 1\.0"):
             check_streamable(far)
         fitted = small("zero-shot", transfer={"fit_scores": True})
-        with pytest.raises(ConfigError, match=r"fit_scores runs the donor.*transfer\.fit_scores=false --set watch"):
+        with pytest.raises(
+            ConfigError, match=r"fit_scores runs the donor.*transfer\.fit_scores=false --set watch"
+        ):
             check_streamable(fitted)
         with pytest.raises(ConfigError, match="swa-sinks has no transfer"):
             check_streamable(small("swa-sinks"))
