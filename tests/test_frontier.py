@@ -158,8 +158,8 @@ class TestFigure:
 
         lines = [
             line("donor", 20, None, 2.0), line("equipoise", 20, None, 2.2), line("even", 20, 100, 2.5),
-            line("equipoise", 68, None, 2.1), line("moved-heads:tuned", 68, 500, 2.1, 300),
-            line("moved-heads:tuned", 68, 500, 2.1), line("an-ablation", 68, None, 9.0),
+            line("equipoise", 68, None, 2.1), line("moved-heads:next-token", 68, 500, 2.1, 300),
+            line("moved-heads:next-token", 68, 500, 2.1), line("an-ablation", 68, None, 9.0),
         ]  # fmt: skip
         place.write_text("\n".join(lines) + "\n")
         return place
@@ -169,7 +169,7 @@ class TestFigure:
         place = self.results(tmp_path / "results.jsonl")
         found, donor, edge = figures.points(place, "source", 2048, "search", 600)
         assert {run: [size for size, _ in of] for run, of in found.items()} == {
-            "equipoise": [20 * 1024, 68 * 1024], "even": [20 * 1024], "moved-heads:tuned": [68 * 1024],
+            "equipoise": [20 * 1024, 68 * 1024], "even": [20 * 1024], "moved-heads:next-token": [68 * 1024],
         }  # fmt: skip
         assert len(donor) == 1
         assert edge == 500  # of any budget: beyond is one distance in one figure

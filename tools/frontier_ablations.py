@@ -87,7 +87,7 @@ ABLATIONS: Mapping[str, Changes] = {
     ),
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
-    # what it was compared with before
+    # what it was compared with before; as it was then with `-before` behind the name
     "with-next-token": WITH_NEXT_TOKEN,
     "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
     "narrow-competing": both(NARROW, COMPETING),

@@ -23,9 +23,9 @@ from frontier_report import Bounds, Entry, farthest, interval, read, recall
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, FIGURES = DOCS / "results" / "frontier.jsonl", DOCS / "figures"
 RUNS = {
-    "equipoise": "equipoise", "moved-heads:tuned": "windows by head, tuned", "even:tuned": "windows, tuned",
-    "heavy-hitters": "heavy hitters", "lolcats": "LoLCATs", "hedgecats": "HedgeCATs", "ssd": "SSD",
-    "even": "windows",
+    "equipoise": "equipoise", "moved-heads:next-token": "windows by head, tuned",
+    "even:next-token": "windows, tuned", "heavy-hitters": "heavy hitters", "lolcats": "LoLCATs",
+    "hedgecats": "HedgeCATs", "ssd": "SSD", "even": "windows",
 }  # fmt: skip
 """What is drawn, in the order of the legend."""
 Points = dict[str, list[tuple[int, list[Entry]]]]

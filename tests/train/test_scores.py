@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.config import HybridConfig
+from equipoise.data.packing import collate
 from equipoise.layers.interface import mixers_of
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import capture
@@ -16,6 +18,7 @@ from equipoise.models.surgery import hybridize
 from equipoise.ops.reference import visible_keys
 from equipoise.train import scores
 from equipoise.train.scores import fit_scores, logistic
+from equipoise.train.stages import transfer
 from support import normal, padding_mask, random_tokens, segments_of, tiny_model
 
 T = 40
@@ -144,6 +147,27 @@ def test_long_texts_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one is not None
     assert other is not None
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_stage_1_begins_there(fits: bool, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path) -> None:
+    """At a learning rate that moves nothing."""
+    own = {**MEANS, "window": 4, "gate": "per_token", "state_update": "additive"}
+    objectives = {"hybrid-output": 1.0}
+    stage = {
+        "batch_size": 2, "max_steps": 1, "learning_rate": 1e-12, "objectives": objectives, "fit_scores": fits,
+    }  # fmt: skip
+    run = recipe(hybrid=own, transfer=stage)
+    trained, untouched = hybrid(run), hybrid(run)
+    transfer(trained, run, rows, tmp_path)
+    if fits:
+        first = collate([rows[index] for index in range(scores.ROWS)])
+        fit_scores(untouched, {name: tensor for name, tensor in first.items() if name != "labels"})
+    for ours, theirs in zip(mixers_of(trained), mixers_of(untouched), strict=True):
+        assert ours.gate_weight is not None
+        assert theirs.gate_weight is not None
+        torch.testing.assert_close(ours.gate_weight, theirs.gate_weight, rtol=1e-4, atol=1e-5)
+        assert bool(ours.gate_weight.abs().max() > 1e-3) == fits
 
 
 @pytest.mark.parametrize("what", ["softcap", "sliding_window", "sink_logits"])

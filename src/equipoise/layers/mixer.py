@@ -221,11 +221,9 @@ class HybridMixer(nn.Module):
         if any(parameter.is_meta for parameter in self.parameters()):
             return
         generator = torch.Generator().manual_seed(seed * 100_003 + self.layer_idx)
-        for phi in (self.phi_q, self.phi_k):
+        for phi in (self.phi_q, self.phi_k, self.phi_v):
             if phi is not None:
                 phi.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
-        if self.phi_v is not None:
-            self.phi_v.reset_parameters(generator)
         if self.gate_logit is not None:
             self.gate_logit.fill_(_logit(self.config.gate_value))
         if self.gate_weight is not None:  # every token starts at its head's weight
@@ -373,15 +371,8 @@ class HybridMixer(nn.Module):
             "initial_state": state, "output_final_state": keep_state,
         }  # fmt: skip
         if state is None and not keep_state and window is not None and _window_alone(branches):
-            phi_q, phi_k, linear_heads, common["branches"] = (
-                None,
-                None,
-                None,
-                None,
-            )  # nothing else is computed
-        value_maps = (
-            None if self.phi_v is None or (linear_heads is None and phi_q is None) else self.phi_v.maps
-        )
+            phi_q = phi_k = linear_heads = common["branches"] = None  # nothing else is computed
+        value_maps = None if self.phi_v is None else self.phi_v.maps
         if head_windows is not None:
             return head_windows_attention(
                 inputs.q, inputs.k, inputs.v, phi_q, phi_k, windows=head_windows,
