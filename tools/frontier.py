@@ -66,6 +66,7 @@ DELTA_SCALE: Mapping[str, Any] = {
     "finetune": SCALE["finetune"],
 }
 """And for the delta rule."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TUNING: Mapping[str, tuple[str, ...]] = {
     "tuned": ("distillation",),
     "next-token": ("distillation", "next-token"),
@@ -99,7 +100,7 @@ def measured_rows(at: Setting) -> dict[str, torch.Tensor]:
 
 def loaded(at: Setting) -> PreTrainedModel:
     """The donor."""
-    return AutoModelForCausalLM.from_pretrained(at.donor).eval()
+    return AutoModelForCausalLM.from_pretrained(at.donor).eval().to(DEVICE)
 
 
 def moved(at: Setting, *, by_head: bool, fewer_sinks: bool = True) -> HybridConfig:
@@ -156,9 +157,10 @@ def converted(
             if settings.get(stage) is not None
         }
         source = {"source": str(data), "context_length": on.length}
-        run = load_recipe(recipe, {**settings, **sized, "data": source, "watch": None})
+        own = {"data": source, "watch": None, "precision": "float32"}  # as on a CPU, wherever it runs
+        run = load_recipe(recipe, {**settings, **sized, **own})
         convert(str(at.donor), run, Path(folder) / "out", seed=seed, console=console)
-        return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
+        return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval().to(DEVICE)
 
 
 def shared_out(

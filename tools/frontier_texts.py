@@ -191,7 +191,8 @@ def scored(
     with nullcontext() if state is None else state:
         for start in range(0, count, at_once):
             part = rows[start : start + at_once]
-            logits = model(input_ids=torch.from_numpy(part), use_cache=False).logits.log_softmax(-1)
+            inputs = torch.from_numpy(part).to(model.device)
+            logits = model(input_ids=inputs, use_cache=False).logits.log_softmax(-1).cpu()
             for row, own in zip(part, logits, strict=True):
                 text = loss_weights(row, texts.words, 0.0) > 0
                 text[:SETTLED] = False

@@ -104,6 +104,7 @@ def hybrid_attention_reference(
         causal, near = visible_keys(
             length, window=window, layout=layout, sinks=sinks, valid=valid, segments=segments
         )
+        causal, near = causal.to(q.device), near.to(q.device)
         for h in range(heads):
             key, value = k[b, h * k.shape[1] // heads], v[b, h * v.shape[1] // heads]
             scores = q[b, h] @ key.T * factor
@@ -254,8 +255,8 @@ def donor_softmax_reference(
         causal, near = visible_keys(
             length, window=window, layout="sliding", sinks=0, valid=real.tolist(), segments=segments
         )
-        masks.append((causal if window is None else near) & real[:, None])
-    mask = torch.stack(masks)[:, None]
+        masks.append((causal if window is None else near) & real.cpu()[:, None])
+    mask = torch.stack(masks)[:, None].to(q.device)
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
