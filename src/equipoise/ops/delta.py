@@ -12,11 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equipoise.ops import delta_kernels, dispatch
 from equipoise.ops.checks import check_delta
 from equipoise.ops.types import AttentionState, FeatureMapLike, accumulation_dtype
 
 CHUNK = 64
 """Tokens that are solved for at once: one triangular system of so many rows a head."""
+FEWEST = 16
+"""Tokens that kernels are worth starting for; decoding has one."""
 SHORTEST = 1e-12
 """Least length by which a key's features are divided; shorter ones write next to nothing anyway."""
 
@@ -83,16 +86,15 @@ def _run(
     sums = None if state is None else state.linear_state
     if sums is None:
         sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
-    outs: list[Tensor] = []
-    for start in range(0, length, chunk_size):
-        part = slice(start, start + chunk_size)
-        own = None if segments is None else segments[:, part]
-        out, sums = _chunk(
-            queries[:, :, :, part], keys[:, :, part], units[:, :, part], values[:, :, part], sums, own, last
-        )
-        last = None if own is None else own[:, -1]
-        outs.append(out)
-    out = _clean(torch.cat(outs, 3).flatten(1, 2).to(q.dtype), key_mask)
+    against = delta_kernels.unsupported(
+        q.device, q.dtype, keys.shape[-1], values.shape[-1], packed=segments is not None
+    )
+    if length >= FEWEST and dispatch.by_kernels(against, q.device):
+        strength = (keys * units).sum(-1, keepdim=True)
+        out, sums = delta_kernels.run(queries, units, strength, values, sums, q.dtype)
+    else:
+        out, sums, last = _chunks(queries, keys, units, values, sums, segments, last, chunk_size)
+    out = _clean(out.flatten(1, 2).to(q.dtype), key_mask)
     if not keep:
         return out, None
     valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
@@ -102,6 +104,23 @@ def _run(
         segments=None if segment_ids is None else segment_ids[:, -1:].clone(), linear_state=sums,
         folded=folded, folded_segment=last,
     )  # fmt: skip
+
+
+def _chunks(
+    queries: Tensor, keys: Tensor, units: Tensor, values: Tensor, sums: Tensor, segments: Tensor | None,
+    last: Tensor | None, size: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Output [B, N, h / N, T, E], S after it, and the segment that S is of, chunk by chunk."""
+    outs: list[Tensor] = []
+    for start in range(0, keys.shape[2], size):
+        part = slice(start, start + size)
+        own = None if segments is None else segments[:, part]
+        out, sums = _chunk(
+            queries[:, :, :, part], keys[:, :, part], units[:, :, part], values[:, :, part], sums, own, last
+        )
+        last = None if own is None else own[:, -1]
+        outs.append(out)
+    return torch.cat(outs, 3), sums, last
 
 
 def _chunk(

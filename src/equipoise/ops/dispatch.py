@@ -107,6 +107,16 @@ def run_transfer(phi_q: Tensor, phi_k: Tensor, donor: Donor) -> Tensor:
     return transfer_blocks.run(phi_q, phi_k, donor)
 
 
+def by_kernels(reason: str | None, device: torch.device) -> bool:
+    """Whether a call that kernels can run, or cannot for a reason, runs on them. Those of the delta rule are
+    never insisted on: a call of some heads by it and others not asks for `triton` for the others."""
+    if torch.compiler.is_compiling() or wanted() not in ("auto", "triton"):
+        return False
+    if reason is not None and device.type == "cuda":
+        _say(reason)
+    return reason is None
+
+
 def _transfer_triton(phi_q: Tensor, phi_k: Tensor, donor: Donor, *, insist: bool) -> Tensor:
     kernels = _kernels()
     reason = NOT_INSTALLED if kernels is None else kernels.unsupported_transfer(phi_q, donor)

@@ -96,7 +96,7 @@ def hybrid_attention_reference(
     batch, heads, length, size = q.shape
     branches = branches or Branches()
     factor = size**-0.5 if scale is None else scale
-    gates = torch.as_tensor(gate, dtype=q.dtype).expand(batch, heads, length)
+    gates = torch.as_tensor(gate, dtype=q.dtype, device=q.device).expand(batch, heads, length)
     out = []
     for b in range(batch):
         valid = [True] * length if key_mask is None else key_mask[b].tolist()
@@ -207,7 +207,7 @@ def hybrid_attention_recurrent(
     """
     q, k, v, phi_q, phi_k = (t.double() for t in (q, k, v, phi_q, phi_k))
     batch, heads, length, size = q.shape
-    gates = torch.as_tensor(gate, dtype=q.dtype).expand(batch, heads, length)[..., None]
+    gates = torch.as_tensor(gate, dtype=q.dtype, device=q.device).expand(batch, heads, length)[..., None]
     sums = q.new_zeros(batch, heads, phi_k.shape[-1], v.shape[-1])
     normalizer = q.new_zeros(batch, heads, phi_k.shape[-1])
     held: list[int] = []
