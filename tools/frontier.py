@@ -98,9 +98,15 @@ def measured_rows(at: Setting) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.from_numpy(rows_of(at.draw("train", seed=1), 4 * at.rows))}
 
 
+def opened(folder: Path) -> PreTrainedModel:
+    """A model, where it runs."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval().to(DEVICE)
+
+
 def loaded(at: Setting) -> PreTrainedModel:
     """The donor."""
-    return AutoModelForCausalLM.from_pretrained(at.donor).eval().to(DEVICE)
+    return opened(at.donor)
 
 
 def moved(at: Setting, *, by_head: bool, fewer_sinks: bool = True) -> HybridConfig:
@@ -160,7 +166,7 @@ def converted(
         own = {"data": source, "watch": None, "precision": "float32"}  # as on a CPU, wherever it runs
         run = load_recipe(recipe, {**settings, **sized, **own})
         convert(str(at.donor), run, Path(folder) / "out", seed=seed, console=console)
-        return AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval().to(DEVICE)
+        return opened(Path(folder) / "out")
 
 
 def shared_out(
@@ -319,16 +325,47 @@ def run(
     keep: Annotated[Path | None, typer.Option(help="Save the model here as well.")] = None,
 ) -> None:
     """Make one model, score it, and append a line to the results."""
-    if split not in ("search", "test"):
-        raise typer.BadParameter(f"expected search or test, got {split!r}.", param_hint="--split")
-    at = Setting(donor, length, tokens, tuned)
+    at, own = Setting(donor, length, tokens, tuned), checked(split)
     model, mode = made(name, at, seed, steps, Console(stderr=True))
     if keep is not None:
         model.save_pretrained(keep)
-    entry = score_run(name, at, seed, split, steps, model, mode)
+    appended(output, score_run(name, at, seed, own, steps, model, mode))
+    frontier_report.report(output)
+
+
+def appended(output: Path, entry: dict[str, Any]) -> None:
+    """Add a line of results."""
     with output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-    frontier_report.report(output)
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="What `run --keep` saved.")],
+    name: Annotated[str, typer.Argument(help="Its run.")],
+    split: Annotated[str, typer.Argument(help="search or test.")],
+    seed: int = 0,
+    donor: Donor = "demo",
+    length: Length = 512,
+    tokens: Tokens = 36,
+    tuned: Annotated[int | None, typer.Option(help="As it was run.")] = None,
+    steps: Annotated[int, typer.Option(help="As it was run.")] = STEPS,
+    output: Path = RESULTS,
+) -> None:
+    """Score a model that was kept on another split, and append a line to the results."""
+    at, own = Setting(donor, length, tokens, tuned), checked(split)
+    appended(output, score_run(name, at, seed, own, steps, opened(model), None))
+
+
+def checked(split: str) -> Split:
+    """One of the splits that models are scored on.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    if split not in ("search", "test"):
+        raise typer.BadParameter(f"expected search or test, got {split!r}.", param_hint="--split")
+    return split
 
 
 @app.command()

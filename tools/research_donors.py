@@ -4,8 +4,9 @@
     python tools/frontier.py run donor --donor source --length 2048     # what it recalls
 
 `source` is the demo's donor, trained on Python's sources, continued; `docstrings` is another: trained on
-scipy's docstrings from the start, wider, with two query heads for each key/value head. Both are made on the
-spot and cached, like the demo's. Texts get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
+scipy's docstrings from the start, wider, with two query heads for each key/value head; `large` has 54M
+parameters and wants a GPU, for some minutes. They are made on the spot and cached, like the demo's. Texts
+get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
 """
 
 from __future__ import annotations
@@ -83,7 +84,22 @@ DONORS = {
         ),
         seed=1,
     ),
-}
+    "large": ResearchDonor(
+        "stdlib",
+        DonorSettings(
+            hidden_size=896, intermediate_size=2304, layers=6, heads=14, steps=900, batch_size=64,
+            learning_rate=3e-3, embedding_learning_rate=2e-3, seed=2,
+        ),
+        kv_heads=7,
+        curriculum=(
+            Part("repeated", 240, 16, 512),
+            Part("pairs", 260, 16, 512),
+            Part("pairs", 80, 8, 1024),
+            Part("pairs", 140, 4, 2048),
+        ),
+        learning_rate=4e-3, embedding_learning_rate=2e-3, seed=2,
+    ),
+}  # fmt: skip
 
 
 def docstrings() -> Path:
@@ -170,7 +186,7 @@ def research_donor(name: str, console: Console) -> Path:
         return place
     base = (
         cached_donor(donor.base, console)
-        if donor.text == "stdlib"
+        if donor.base == DonorSettings()
         else _based_on(donor, source, place, console)
     )
     model, texts = _continued(name, base, console)
