@@ -62,6 +62,9 @@ ABLATIONS: Mapping[str, Changes] = {
     "whole-values": both(hybrid(value_divisor=1), TWICE),
     "quarter-values-wide": hybrid(value_divisor=4, feature_multiple=4),
     "two-heads": TWICE,
+    "few": {"allocation": {"heads": 0.64}},  # two states at 68 tokens, where the recipe has four
+    "single": {"allocation": {"heads": 0.36}},
+    "wide-single": both(hybrid(feature_multiple=4), {"allocation": {"heads": 0.64}}),
     "state-per-query": hybrid(map_heads="query"),
     # writes, gates, states
     "linear-writes": hybrid(write_gate="per_token"),
