@@ -32,7 +32,7 @@ from kernel_checks import (
 from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
 
 pytest.importorskip("triton")
-from equipoise.ops.triton.configs import CONFIGS, Config, config_for, using
+from equipoise.ops.triton.configs import CONFIGS, WIDE, Config, config_for, using
 
 SMALL = CONFIGS[-1]
 
@@ -256,7 +256,8 @@ def test_configurations_are_checked() -> None:
     with pytest.raises(ValueError, match="multiple of queries"):
         Config(chunk=48, queries=32, keys=16, features=16, values=16, warps=4)
     assert config_for(torch.float32) is SMALL
-    assert {config_for(dtype) for dtype in (torch.bfloat16, torch.float16)} == {CONFIGS[0]}
+    assert {config_for(dtype) for dtype in (torch.bfloat16, torch.float16)} == {WIDE}
+    assert not WIDE.maps  # on an H200 they read memory they should not
 
 
 @pytest.mark.slow

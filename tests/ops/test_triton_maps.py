@@ -120,6 +120,8 @@ def test_lengths_and_mixings(length: int, options: dict[str, Any], place: tuple[
 @pytest.mark.parametrize("mixing", ["convex", "shared"])
 def test_every_configuration(mixing: str, config: Config, place: tuple[str, torch.dtype]) -> None:
     """More than a chunk; more of D than a step of the map's product holds; padding, segments, a lag."""
+    if place == ("cuda", torch.bfloat16) and config.warps == 8:
+        pytest.skip("an illegal memory access on an H200, docs/adr/0009; all tests after it would fail too")
     setting = Setting(
         config.chunk + 2 * config.queries + 5, mixing=mixing, overlap=False, packed=True, padding="left",
         features=38, size=min(config.features, 32) + 5, maps=1, window=37,

@@ -42,9 +42,13 @@ CONFIGS = (
     Config(chunk=256, queries=64, keys=32, features=32, values=64, warps=4),
     Config(chunk=64, queries=16, keys=16, features=16, values=32, warps=4),
 )
-"""Not timed: no accelerator was at hand when they were written. Chosen by what the compiler for Hopper says
-of registers at head_dim 128 and 256 features: the first two for 16-bit numbers, the last for float32, where
-larger blocks, and maps inside, spill by kilobytes a thread."""
+"""Not timed. Chosen by what the compiler for Hopper says of registers at head_dim 128 and 256 features: the
+first two for 16-bit numbers, the last for float32, where larger blocks, and maps inside, spill by kilobytes a
+thread."""
+
+WIDE, NARROW = CONFIGS[1], CONFIGS[2]
+"""For numbers of 16 bits, and for wider ones. The first of `CONFIGS` is for nobody: on an H200 its kernels with
+maps inside read memory they should not in bfloat16 (docs/adr/0009-triton-kernels.md)."""
 
 _chosen: ContextVar[Config | None] = ContextVar("equipoise_triton_config", default=None)
 
@@ -64,4 +68,4 @@ def config_for(dtype: torch.dtype) -> Config:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    return CONFIGS[0] if dtype.itemsize <= 2 else CONFIGS[-1]
+    return WIDE if dtype.itemsize <= 2 else NARROW
