@@ -79,6 +79,9 @@ ABLATIONS: Mapping[str, Changes] = {
     "four-sinks": {"allocation": {"fewer_sinks": False}},
     "no-summaries": NO_SUMMARIES,
     # what is learned from
+    "hidden-states": objectives(
+        "finetune", "distillation", "far-distillation", "far-reads", "next-token", "hidden-states"
+    ),
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
     "predictions": both(
         objectives("transfer", "output", "hybrid-output"),

@@ -115,6 +115,19 @@ class TestObjectives:
         # along what would make all reads of one head of one row larger
         torch.testing.assert_close((grad * own).sum((2, 3)), torch.zeros(2, 3, dtype=F64))
 
+    def test_hidden_states_are_compared_in_units_of_the_layers(self) -> None:
+        seen, generator = predictions(), torch.Generator().manual_seed(3)
+        layers = [
+            (torch.randn(2, 5, 4, generator=generator, dtype=F64), scale * torch.ones(2, 5, 4, dtype=F64))
+            for scale in (1.0, 3.0)
+        ]
+        expected = sum(
+            (own - donor).square().sum(-1) / 4 / scale**2
+            for (own, donor), scale in zip(layers, (1.0, 3.0), strict=True)
+        )
+        found = FINETUNE_OBJECTIVES["hidden-states"].per_token(replace(seen, hidden=layers))
+        torch.testing.assert_close(found, expected / 2)
+
     def test_a_perfect_hybrid_has_nothing_to_learn_from_the_donor(self) -> None:
         seen = predictions()
         donor = seen.references[DONOR].clone().requires_grad_()
@@ -160,6 +173,33 @@ class TestLoss:
         batch = {"input_ids": tokens, "labels": labels}
         torch.testing.assert_close(finetune_loss(model, batch, DISTILLED, count=3), expected / 3)
         torch.testing.assert_close(finetune_loss(model, batch, DISTILLED), expected / trained.sum())
+
+    def test_hidden_states_are_those_after_each_layer(self, model: Any) -> None:
+        """By hooks on the layers, and the final norm after the last of them; the donor has no adapters."""
+        tokens, decoder = random_tokens(2, 12), model.get_decoder()
+
+        def after_layers() -> list[Tensor]:
+            found: list[Tensor] = []
+            places = [*decoder.layers[:-1], decoder.norm]
+            hooks = [m.register_forward_hook(lambda _m, _i, out: found.append(out)) for m in places]
+            model(tokens, use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            return [states[:, :-1] for states in found]
+
+        with torch.no_grad():
+            own = after_layers()
+            with branches(model, "softmax"), adapters_disabled(model):
+                donor = after_layers()
+        assert len(own) == len(mixers_of(model))
+        errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(own, donor, strict=True)]
+        assert min(errors) > 1e-9
+        batch = {"input_ids": tokens, "labels": tokens}
+        loss = finetune_loss(model, batch, {"hidden-states": 1.0})
+        torch.testing.assert_close(loss, torch.stack(errors).mean())
+        both = finetune_loss(model, batch, {"hidden-states": 1.0, "distillation": 1.0, "far-reads": 1.0})
+        rest = finetune_loss(model, batch, {"distillation": 1.0, "far-reads": 1.0})
+        torch.testing.assert_close(both, loss + rest)
 
     def test_reads_are_those_of_linear_heads_beside_the_donors(self, recipe: Any, hybrid: Any) -> None:
         """Layer 0 by hand: it gets the same from the embeddings whatever runs above."""
@@ -211,7 +251,7 @@ class TestLoss:
         for recomputed in (False, True):
             model.zero_grad()
             with recomputing(model) if recomputed else nullcontext():
-                loss = finetune_loss(model, batch, {**DISTILLED, "far-reads": 1.0})
+                loss = finetune_loss(model, batch, {**DISTILLED, "far-reads": 1.0, "hidden-states": 1.0})
                 loss.backward()
             found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()

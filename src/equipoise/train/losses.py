@@ -46,12 +46,15 @@ class Predictions:
             ``donor``, and ``windowed_donor``, the donor whose layers see no more than the hybrid's windows.
         reads: what linear branches read and the donor's output of the same heads, layer by layer; none
             unless an objective asks for them.
+        hidden: hidden states of the model that trains and the donor's [B, T - 1, d], those after each layer;
+            none unless an objective asks for them.
     """
 
     logits: Float[Tensor, "B P V"]
     targets: Int[Tensor, "B P"]
     references: Mapping[str, Tensor]
     reads: Sequence[Reads] = ()
+    hidden: Sequence[tuple[Tensor, Tensor]] = ()
 
     @cached_property
     def log_probabilities(self) -> Tensor:
@@ -77,21 +80,25 @@ class FinetuneObjective:
         per_token: from predictions to a loss per token [B, T - 1].
         needs: the references it looks at; each costs a forward pass.
         reads: whether it looks at `Predictions.reads`; costs the linear branch of a layer a second time.
+        hidden: whether it looks at `Predictions.hidden`; needs the donor, and memory for both models' states.
     """
 
     per_token: Callable[[Predictions], Tensor]
     needs: Sequence[str] = ()
     reads: bool = False
+    hidden: bool = False
 
 
 FINETUNE_OBJECTIVES: Registry[FinetuneObjective] = Registry("fine-tuning objective")
 
 
-def finetune_objective(name: str, *, needs: Sequence[str] = (), reads: bool = False) -> Callable[..., Any]:
+def finetune_objective(
+    name: str, *, needs: Sequence[str] = (), reads: bool = False, hidden: bool = False
+) -> Callable[..., Any]:
     """Decorator that registers a function of `Predictions` as an objective."""
 
     def register(function: Callable[[Predictions], Tensor]) -> Callable[[Predictions], Tensor]:
-        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads))
+        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads, hidden))
         return function
 
     return register
@@ -135,6 +142,22 @@ def far_reads(predictions: Predictions) -> Tensor:
     return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
 
 
+@finetune_objective("hidden-states", needs=(DONOR,), hidden=True)
+def hidden_states(predictions: Predictions) -> Tensor:
+    """Squared error from the donor's hidden states after each layer to the hybrid's, mean over layers.
+
+    In units of the mean square of the donor's in that layer: later ones are larger by far (arXiv 1910.01108
+    aligns directions, arXiv 1909.10351 every layer, for the same purpose).
+    """
+    errors = list[Tensor]()
+    for own, donor in predictions.hidden:
+        dtype = accumulation_dtype(own.dtype)
+        own, donor = own.to(dtype), donor.to(own.device, dtype)
+        scale = donor.square().mean().clamp_min(torch.finfo(dtype).tiny)
+        errors.append(((own - donor).square().mean(-1) / scale).to(predictions.logits.device))
+    return torch.stack(errors).mean(0)
+
+
 @torch.no_grad()
 def astray(model: PreTrainedModel, arguments: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
     """KL(donor || windowed donor) of the token after each, in nats; 0 at a sequence's last token.
@@ -143,7 +166,7 @@ def astray(model: PreTrainedModel, arguments: Mapping[str, Tensor]) -> Float[Ten
         model: converted, with a window in every converted layer.
         arguments: of the model, without labels.
     """
-    donor, windowed = (_reference(model, name, arguments) for name in (DONOR, WINDOWED_DONOR))
+    donor, windowed = (_reference(model, name, arguments)[0] for name in (DONOR, WINDOWED_DONOR))
     found = divergence(donor, windowed)
     segments = arguments.get("segment_ids")
     if segments is not None:
@@ -177,24 +200,49 @@ def finetune_loss(
     """
     chosen = {name: FINETUNE_OBJECTIVES[name] for name in objectives}
     arguments = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    needed = sorted({need for objective in chosen.values() for need in objective.needs})
-    # before the model's own pass, whose activations would lie beside theirs
-    reading = any(objective.reads for objective in chosen.values())
-    with donor_outputs(model) if reading else nullcontext({}) as wanted:
-        references = {name: _reference(model, name, arguments) for name in needed}
-    with linear_inputs(model) if reading else nullcontext({}) as seen:
-        logits: Tensor = model(**arguments, use_cache=False).logits
-    reads = reads_of(model, seen, wanted) if reading else []
-    targets = inputs["labels"][:, 1:].to(logits.device)
-    predictions = Predictions(logits[:, :-1], targets, references, reads)
+    targets = inputs["labels"][:, 1:]
+    predictions = _predictions(model, arguments, targets, list(chosen.values()))
+    targets = predictions.targets
     trained = targets != IGNORED_LABEL
     losses = [weight * chosen[name].per_token(predictions) for name, weight in objectives.items()]
     total = torch.stack(losses).sum(0).masked_fill(~trained, 0.0).sum()
     return total / (trained.sum() if count is None else count)
 
 
+def _predictions(
+    model: PreTrainedModel,
+    arguments: Mapping[str, Tensor],
+    targets: Tensor,
+    objectives: Sequence[FinetuneObjective],
+) -> Predictions:
+    """What some objectives ask for."""
+    needed = sorted({need for objective in objectives for need in objective.needs})
+    reading = any(objective.reads for objective in objectives)
+    hidden = any(objective.hidden for objective in objectives)
+    # before the model's own pass, whose activations would lie beside theirs
+    with donor_outputs(model) if reading else nullcontext({}) as wanted:
+        found = {name: _reference(model, name, arguments, hidden=hidden) for name in needed}
+    more = {"output_hidden_states": True} if hidden else {}
+    with linear_inputs(model) if reading else nullcontext({}) as seen:
+        output: Any = model(**arguments, use_cache=False, **more)
+    reads = reads_of(model, seen, wanted) if reading else []
+    pairs = zip(_after_layers(output), found[DONOR][1], strict=True) if hidden else ()
+    references = {name: log_probs for name, (log_probs, _) in found.items()}
+    return Predictions(
+        output.logits[:, :-1], targets.to(output.logits.device), references, reads, list(pairs)
+    )
+
+
+def _after_layers(output: Any) -> list[Tensor]:
+    """Hidden states [B, T - 1, d] after each layer, of a model's output: the first are embeddings."""
+    return [states[:, :-1] for states in output.hidden_states[1:]]
+
+
 @torch.no_grad()
-def _reference(model: PreTrainedModel, name: str, arguments: Mapping[str, Tensor]) -> Tensor:
+def _reference(
+    model: PreTrainedModel, name: str, arguments: Mapping[str, Tensor], *, hidden: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """(log-probabilities [B, T - 1, V], hidden states after each layer if those are the donor's)."""
     if name == DONOR:
         state = branches(model, "softmax") if mixers_of(model) else nullcontext()
     elif name == WINDOWED_DONOR:
@@ -203,4 +251,7 @@ def _reference(model: PreTrainedModel, name: str, arguments: Mapping[str, Tensor
         raise ConversionError(f"expected {DONOR} or {WINDOWED_DONOR} as what an objective needs, got {name}.")
     # peft's adapters off for both: they are what trains
     with adapters_disabled(model), state:
-        return log_probabilities(model(**arguments, use_cache=False).logits[:, :-1])
+        more = {"output_hidden_states": True} if hidden and name == DONOR else {}
+        output: Any = model(**arguments, use_cache=False, **more)
+        states = _after_layers(output) if more else []
+        return log_probabilities(output.logits[:, :-1]), states
