@@ -17,6 +17,7 @@ import typer
 from torch import Tensor
 
 from equipoise.ops.delta import delta_attention
+from equipoise.ops.delta_kernels import unsupported
 from equipoise.ops.dispatch import backend
 
 
@@ -56,6 +57,8 @@ def main(
     """Time both at each length, forward, and forward with backward."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no GPU here.")
+    if reason := unsupported(torch.device("cuda"), torch.bfloat16, features, value):
+        raise typer.BadParameter(reason)
     for length in map(int, lengths.split(",")):
         inputs = [x.requires_grad_() for x in drawn(heads, kv_heads, length, features, value)]
         sys.stdout.write(json.dumps({"length": length, **compared(inputs, rounds)}) + "\n")

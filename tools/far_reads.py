@@ -182,7 +182,7 @@ def measure(path: Path, console: Console) -> None:
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     at = Setting("source", 1024, 20)
     done = {(row["donor"], row["arm"], row["seed"]) for row in found}
-    model: Any = hybridize(loaded(at), moved(at, by_head=True, fewer_sinks=False), check=False)
+    model: Any = hybridize(loaded(at).cpu(), moved(at, by_head=True, fewer_sinks=False), check=False)
     limit = reach(model)
     assert limit is not None
     search = at.draw("search")

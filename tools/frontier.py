@@ -301,7 +301,9 @@ def score_run(
 
 # ---- the command line
 
-Donor = Annotated[str, typer.Option(help="demo, or a donor of tools/research_donors.py: source, docstrings.")]
+Donor = Annotated[
+    str, typer.Option(help="demo, or a donor of tools/research_donors.py: source, docstrings, large.")
+]
 Length = Annotated[int, typer.Option(help="Tokens of a text; to 512 for demo, to 2,048 for the others.")]
 Tokens = Annotated[int, typer.Option(help="Budget: this many tokens of K and V a key/value head and layer.")]
 
@@ -354,7 +356,16 @@ def score(
 ) -> None:
     """Score a model that was kept on another split, and append a line to the results."""
     at, own = Setting(donor, length, tokens, tuned), checked(split)
-    appended(output, score_run(name, at, seed, own, steps, opened(model), None))
+    if name in ("donor", "heavy-hitters"):
+        raise typer.BadParameter(f"{name} trains nothing: `run {name} --split {split}` scores it.")
+    kept = opened(model)
+    held, budget = state_bytes(kept), at.tokens * at.token_bytes
+    if not 0.9 * budget <= held <= budget:
+        raise typer.BadParameter(
+            f"expected a state of about {budget:,} bytes, {tokens} tokens a head, got {held:,} in {model}: "
+            "give --donor and --tokens as the model was run."
+        )
+    appended(output, score_run(name, at, seed, own, steps, kept, None))
 
 
 def checked(split: str) -> Split:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from equipoise.ops import delta_kernels
 from equipoise.ops.delta import FEWEST, delta_attention
 from equipoise.ops.dispatch import backend
 from equipoise.ops.reference import delta_rule
-from support import normal, padding_mask
+from support import normal, padding_mask, segments_of
 
 B, N, SHARED, T, D, F, E = 2, 2, 2, 150, 8, 32, 16
 
@@ -35,41 +36,60 @@ def expected(tensors: list[Tensor], **masks: Any) -> tuple[Tensor, Tensor]:
 
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor,
-    output_final_state: bool,
+    output_final_state: bool, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What `fla.ops.delta_rule.chunk_delta_rule` promises, token by token: heads behind tokens."""
+    """What `fla.ops.delta_rule.chunk_delta_rule` promises, token by token: heads behind tokens, and with
+    bounds one row of sequences, each from a state of its own."""
     assert output_final_state
     assert scale == 1.0
-    sums, outs = initial_state, list[Tensor]()
-    for t in range(q.shape[1]):
-        known = torch.einsum("bhk,bhkv->bhv", k[:, t], sums)
-        sums = sums + torch.einsum("bhk,bhv->bhkv", beta[:, t, :, None] * k[:, t], v[:, t] - known)
-        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], sums))
-    return torch.stack(outs, 1), sums
+    assert initial_state.dtype == torch.float32
+    wide, outs, ends = initial_state.to(torch.promote_types(q.dtype, torch.float32)), list[Tensor](), []
+    for row, first, stop in (
+        [(b, 0, q.shape[1]) for b in range(len(q))]
+        if cu_seqlens is None
+        else [(0, *pair) for pair in pairwise(cu_seqlens.tolist())]
+    ):
+        sums = wide[len(ends)]
+        for t in range(first, stop):
+            known = torch.einsum("hk,hkv->hv", k[row, t].to(sums), sums)
+            taken = v[row, t].to(sums) - known
+            sums = sums + torch.einsum("hk,hv->hkv", beta[row, t, :, None].to(sums) * k[row, t], taken)
+            outs.append(torch.einsum("hk,hkv->hv", q[row, t].to(sums), sums))
+        ends.append(sums)
+    return torch.stack(outs).view(*v.shape).to(q.dtype), torch.stack(ends)
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every call is one for the kernels, in whose place the recurrence stands; lengths that it was given."""
-    lengths: list[int] = []
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, ...]]:
+    """Every call is one for the kernels, the recurrence in their place; the dtypes that it was given."""
+    dtypes: list[tuple[torch.dtype, ...]] = []
 
-    def called(q: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        lengths.append(q.shape[1])
-        return recurrence(q, *rest, **options)
+    def called(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        dtypes.append((q.dtype, k.dtype, v.dtype, beta.dtype))
+        return recurrence(q, k, v, beta, **options)
 
-    monkeypatch.setitem(sys.modules, "fla.ops.delta_rule", SimpleNamespace(chunk_delta_rule=called))
-    monkeypatch.setattr(delta_kernels, "unsupported", lambda *_, **__: None)
-    return lengths
+    monkeypatch.setattr(delta_kernels, "_kernels", lambda: (called, ""))
+    monkeypatch.setattr(delta_kernels, "unsupported", lambda *_: None)
+    return dtypes
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_what_they_are_given(stand_in: list[int], side: str) -> None:
-    tensors, mask = drawn(), padding_mask(side, T)
+MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "left": {"key_mask": padding_mask("left", T)},
+    "right": {"key_mask": padding_mask("right", T)},
+    "packed": {"segment_ids": segments_of(T)},
+    "both": {"key_mask": padding_mask("left", T), "segment_ids": segments_of(T)},
+}
+
+
+@pytest.mark.parametrize("masked", MASKS)
+def test_what_they_are_given(stand_in: list[tuple[torch.dtype, ...]], masked: str) -> None:
+    tensors = drawn()
     leaves = [x.clone().requires_grad_() for x in tensors[2:]]
-    out, state = delta_attention(*tensors[:2], *leaves, key_mask=mask, output_final_state=True)
-    assert stand_in == [T]
+    out, state = delta_attention(*tensors[:2], *leaves, output_final_state=True, **MASKS[masked])
+    assert stand_in == [(torch.float64,) * 4]
     mine = [x.clone().requires_grad_() for x in tensors[2:]]
-    right, sums = expected([*tensors[:2], *mine], key_mask=mask)
+    right, sums = expected([*tensors[:2], *mine], **MASKS[masked])
     torch.testing.assert_close(out, right, rtol=1e-10, atol=1e-11)
     assert state is not None
     assert state.linear_state is not None
@@ -81,16 +101,37 @@ def test_what_they_are_given(stand_in: list[int], side: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
 
 
-def test_resumed(stand_in: list[int]) -> None:
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("split", [20, 70])
+def test_resumed(stand_in: list[tuple[torch.dtype, ...]], masked: str, split: int) -> None:
+    """From S in float32, as the kernels take it: hence the tolerance."""
     tensors = drawn()
-    whole, _ = expected(tensors)
-    first, state = delta_attention(*(x[:, :, :70] for x in tensors), output_final_state=True)
-    rest, _ = delta_attention(*(x[:, :, 70:] for x in tensors), initial_state=state)
-    torch.testing.assert_close(torch.cat([first, rest], 2), whole, rtol=1e-10, atol=1e-11)
-    assert stand_in == [70, T - 70]
+    whole, sums = expected(tensors, **MASKS[masked])
+    outs, state = list[Tensor](), None
+    for part in (slice(0, split), slice(split, T)):
+        masks = {name: mask[:, part] for name, mask in MASKS[masked].items()}
+        out, state = delta_attention(
+            *(x[:, :, part] for x in tensors), initial_state=state, output_final_state=True, **masks
+        )
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 2), whole, rtol=1e-5, atol=1e-5)
+    assert state is not None
+    assert state.linear_state is not None
+    torch.testing.assert_close(state.linear_state, sums[:, ::SHARED], rtol=1e-5, atol=1e-5)
+    assert len(stand_in) == 2
 
 
-def test_short_calls_and_other_backends_do_without(stand_in: list[int]) -> None:
+def test_products_have_16_bits_and_sums_32(stand_in: list[tuple[torch.dtype, ...]]) -> None:
+    tensors = drawn(torch.bfloat16)
+    out, state = delta_attention(*tensors, output_final_state=True)
+    assert stand_in == [(torch.bfloat16,) * 4]
+    assert out.dtype == torch.bfloat16
+    assert state is not None
+    assert state.linear_state is not None
+    assert state.linear_state.dtype == torch.float32
+
+
+def test_short_calls_and_other_backends_do_without(stand_in: list[tuple[torch.dtype, ...]]) -> None:
     tensors = drawn()
     delta_attention(*(x[:, :, : FEWEST - 1] for x in tensors))
     with backend("walk"):
@@ -99,56 +140,77 @@ def test_short_calls_and_other_backends_do_without(stand_in: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "features", "packed", "reason"),
+    ("device", "dtype", "features", "value_size", "reason"),
     [
-        ("cpu", torch.bfloat16, F, False, "on cpu"),
-        ("cuda", torch.float32, F, False, "float32"),
-        ("cuda", torch.bfloat16, F, True, "packed rows"),
-        ("cuda", torch.bfloat16, 300, False, "300 features"),
-        ("cuda", torch.bfloat16, 8, False, "8 features and 16 numbers"),
-        ("cuda", torch.bfloat16, F, False, "flash-linear-attention"),
+        ("cpu", torch.bfloat16, 32, 16, "on cpu"),
+        ("cuda", torch.float32, 32, 16, "float32"),
+        ("cuda", torch.bfloat16, 272, 16, "272 features"),
+        ("cuda", torch.bfloat16, 40, 16, "40 features"),
+        ("cuda", torch.float16, 32, 8, "8 numbers a value"),
+        ("cuda", torch.bfloat16, 32, 16, "too old"),
     ],
 )
 def test_why_they_cannot_run(
-    device: str, dtype: torch.dtype, features: int, packed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(delta_kernels, "_installed", lambda: False)
-    found = delta_kernels.unsupported(torch.device(device), dtype, features, E, packed=packed)
+    device: str, dtype: torch.dtype, features: int, value_size: int, reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(delta_kernels, "_kernels", lambda: (None, "too old"))
+    found = delta_kernels.unsupported(torch.device(device), dtype, features, value_size)
     assert found is not None
     assert reason in found
 
 
+@pytest.mark.parametrize("size", [16, 256])
+def test_what_they_can_run(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_kernels, "_kernels", lambda: (recurrence, ""))
+    assert delta_kernels.unsupported(torch.device("cuda"), torch.bfloat16, size, size) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(None, "not installed"), ("0.5.9", "is 0.5.9, 0.6 is needed"), ("0.6.0", "cannot be imported")],
+)
+def test_installations_that_do_not_do(
+    version: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        assert name == "flash-linear-attention"
+        if version is None:
+            raise metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    monkeypatch.setitem(sys.modules, "fla.ops.delta_rule", None)  # raises ImportError
+    found, why = delta_kernels._kernels.__wrapped__()
+    assert found is None
+    assert reason in why
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("side", ["none", "left"])
-def test_on_a_gpu(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("masked", MASKS)
+def test_on_a_gpu(masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, state, gradients in bfloat16, against the recurrence in float64 from inputs rounded alike."""
     if not torch.cuda.is_available():
         pytest.skip("runs with CUDA only")
     pytest.importorskip("fla")
     monkeypatch.setattr("equipoise.ops.delta._chunks", None)  # a fallback would prove nothing
-    rounded, mask = drawn(torch.bfloat16), padding_mask(side, T)
+    rounded, masks = drawn(torch.bfloat16), {name: x.cuda() for name, x in MASKS[masked].items()}
     leaves = [x.cuda().requires_grad_() for x in rounded]
-    cuda_mask = None if mask is None else mask.cuda()
-    out, state = delta_attention(
-        *(x[:, :, :70] for x in leaves), key_mask=None if cuda_mask is None else cuda_mask[:, :70],
-        output_final_state=True,
-    )  # fmt: skip
-    rest, state = delta_attention(
-        *(x[:, :, 70:] for x in leaves), key_mask=None if cuda_mask is None else cuda_mask[:, 70:],
-        initial_state=state, output_final_state=True,
-    )  # fmt: skip
-    out = torch.cat([out, rest], 2)
-    mine = [x.double().requires_grad_() for x in rounded]
-    right, sums = expected(mine, key_mask=mask)
+    outs, state = list[Tensor](), None
+    for part in (slice(0, 70), slice(70, T)):
+        out, state = delta_attention(
+            *(x[:, :, part] for x in leaves), initial_state=state, output_final_state=True,
+            **{name: mask[:, part] for name, mask in masks.items()},
+        )  # fmt: skip
+        outs.append(out)
+    out, mine = torch.cat(outs, 2), [x.double().requires_grad_() for x in rounded]
+    right, sums = expected(mine, **MASKS[masked])
     assert state is not None
     assert state.linear_state is not None
     given = normal(*out.shape, seed=9).to(torch.bfloat16)
     ours = torch.autograd.grad(out, leaves[2:], given.cuda())
     theirs = torch.autograd.grad(right, mine[2:], given.double())
-    for one, other in [
-        (out, right),
-        (state.linear_state, sums[:, ::SHARED]),
-        *zip(ours, theirs, strict=True),
-    ]:
+    found = [(out, right), (state.linear_state, sums[:, ::SHARED]), *zip(ours, theirs, strict=True)]
+    for one, other in found:
         off = (one.double().cpu() - other).abs().max() / other.abs().max()
         assert off < 3e-2

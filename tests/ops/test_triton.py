@@ -257,7 +257,7 @@ def test_configurations_are_checked() -> None:
         Config(chunk=48, queries=32, keys=16, features=16, values=16, warps=4)
     assert config_for(torch.float32) is SMALL
     assert {config_for(dtype) for dtype in (torch.bfloat16, torch.float16)} == {WIDE}
-    assert not WIDE.maps  # on an H200 they read memory they should not
+    assert not WIDE.maps  # an illegal memory access on an H200
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ As in test_triton: in the interpreter and float64 on CPU, on the device in float
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from equipoise.ops.triton import plan
 from equipoise.ops.triton.configs import CONFIGS, Config, using
 
 SMALL = replace(CONFIGS[-1], maps=True)
+FAULT = "EQUIPOISE_TEST_FAULT"
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +122,8 @@ def test_lengths_and_mixings(length: int, options: dict[str, Any], place: tuple[
 @pytest.mark.parametrize("mixing", ["convex", "shared"])
 def test_every_configuration(mixing: str, config: Config, place: tuple[str, torch.dtype]) -> None:
     """More than a chunk; more of D than a step of the map's product holds; padding, segments, a lag."""
-    if place == ("cuda", torch.bfloat16) and config.warps == 8:
-        pytest.skip("an illegal memory access on an H200, docs/adr/0009; all tests after it would fail too")
+    if place == ("cuda", torch.bfloat16) and config is CONFIGS[0] and FAULT not in os.environ:
+        pytest.skip(f"ends the process on an H200, and all tests after it: docs/adr/0009, {FAULT}=1")
     setting = Setting(
         config.chunk + 2 * config.queries + 5, mixing=mixing, overlap=False, packed=True, padding="left",
         features=38, size=min(config.features, 32) + 5, maps=1, window=37,

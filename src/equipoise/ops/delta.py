@@ -43,7 +43,8 @@ def delta_attention(
     by the value: 1 all of it, 0 nothing. There is no normaliser: S alone is the state, F x E numbers for each
     head of k. Where additive states mix the values of keys that look alike, this one holds as many keys
     exactly as it has features. Chunks of tokens are one triangular system each, so that only chunks follow
-    one another.
+    one another. On a GPU and in 16 bits, calls of `FEWEST` tokens or more go to flash-linear-attention's
+    kernels where it is installed (`equipoise.ops.delta_kernels`), which round more.
 
     Args:
         q, k, v: after rotary embedding.
@@ -52,7 +53,7 @@ def delta_attention(
         segment_ids: id >= 0 of the sequence of each token, one run of tokens per id; no query looks across.
         initial_state: where an earlier call stopped.
         output_final_state: whether to return a state to resume from.
-        chunk_size: changes speed, not results.
+        chunk_size: of our own chunks; changes speed, not results.
 
     Returns:
         The output in q's dtype, and the state: S as ``linear_state``, no normaliser.
@@ -86,12 +87,11 @@ def _run(
     sums = None if state is None else state.linear_state
     if sums is None:
         sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
-    against = delta_kernels.unsupported(
-        q.device, q.dtype, keys.shape[-1], values.shape[-1], packed=segments is not None
-    )
-    if length >= FEWEST and dispatch.by_kernels(against, q.device):
+    if length >= FEWEST and dispatch.may_use_kernels() and _by_kernels(q, keys, values):
         strength = (keys * units).sum(-1, keepdim=True)
-        out, sums = delta_kernels.run(queries, units, strength, values, sums, q.dtype)
+        rows = delta_kernels.Rows(queries, units, strength, values, segments)
+        out, sums = delta_kernels.run(rows, sums, last, q.dtype)
+        last = last if segments is None else segments[:, -1]
     else:
         out, sums, last = _chunks(queries, keys, units, values, sums, segments, last, chunk_size)
     out = _clean(out.flatten(1, 2).to(q.dtype), key_mask)
@@ -104,6 +104,14 @@ def _run(
         segments=None if segment_ids is None else segment_ids[:, -1:].clone(), linear_state=sums,
         folded=folded, folded_segment=last,
     )  # fmt: skip
+
+
+def _by_kernels(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether flash-linear-attention's kernels can run a call; says once why not, on a GPU."""
+    reason = delta_kernels.unsupported(q.device, q.dtype, keys.shape[-1], values.shape[-1])
+    if reason is not None and q.device.type == "cuda":
+        dispatch.say(reason)
+    return reason is None
 
 
 def _chunks(

@@ -107,14 +107,10 @@ def run_transfer(phi_q: Tensor, phi_k: Tensor, donor: Donor) -> Tensor:
     return transfer_blocks.run(phi_q, phi_k, donor)
 
 
-def by_kernels(reason: str | None, device: torch.device) -> bool:
-    """Whether a call that kernels can run, or cannot for a reason, runs on them. Those of the delta rule are
-    never insisted on: a call of some heads by it and others not asks for `triton` for the others."""
-    if torch.compiler.is_compiling() or wanted() not in ("auto", "triton"):
-        return False
-    if reason is not None and device.type == "cuda":
-        _say(reason)
-    return reason is None
+def may_use_kernels() -> bool:
+    """Whether the backend asked for leaves the delta rule to kernels that can run a call. They are never
+    insisted on: a call of some heads by the rule and others not asks for `triton` for the others."""
+    return not torch.compiler.is_compiling() and wanted() in ("auto", "triton")
 
 
 def _transfer_triton(phi_q: Tensor, phi_k: Tensor, donor: Donor, *, insist: bool) -> Tensor:
@@ -124,7 +120,7 @@ def _transfer_triton(phi_q: Tensor, phi_k: Tensor, donor: Donor, *, insist: bool
         return kernels.run_transfer(phi_q, phi_k, donor)
     if insist:
         raise _refusal(str(reason))
-    _say(str(reason))
+    say(str(reason))
     return transfer_blocks.run(phi_q, phi_k, donor)
 
 
@@ -137,7 +133,7 @@ def _run_traced(call: Call, output_final_state: bool) -> tuple[Tensor, Attention
 
 
 def _fall_back(call: Call, output_final_state: bool, reason: str) -> tuple[Tensor, AttentionState | None]:
-    _say(reason)
+    say(reason)
     return Walk(_settled(call)).run(output_final_state)
 
 
@@ -148,7 +144,7 @@ def _settled(call: Call) -> Call:
     return replace(call, state=call.state.settled())
 
 
-def _say(reason: str) -> None:
+def say(reason: str) -> None:
     """Log once why the fast path is not taken."""
     if reason not in _said:
         _said.add(reason)

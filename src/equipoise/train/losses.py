@@ -46,8 +46,8 @@ class Predictions:
             ``donor``, and ``windowed_donor``, the donor whose layers see no more than the hybrid's windows.
         reads: what linear branches read and the donor's output of the same heads, layer by layer; none
             unless an objective asks for them.
-        hidden: hidden states of the model that trains and the donor's [B, T - 1, d], those after each layer;
-            none unless an objective asks for them.
+        hidden: hidden states of the model that trains and the donor's [B, T - 1, d], those after each layer,
+            of the last one after the final norm; none unless an objective asks for them.
     """
 
     logits: Float[Tensor, "B P V"]
@@ -80,7 +80,7 @@ class FinetuneObjective:
         per_token: from predictions to a loss per token [B, T - 1].
         needs: the references it looks at; each costs a forward pass.
         reads: whether it looks at `Predictions.reads`; costs the linear branch of a layer a second time.
-        hidden: whether it looks at `Predictions.hidden`; needs the donor, and memory for both models' states.
+        hidden: whether it looks at `Predictions.hidden`; costs the donor's pass, and memory for both.
     """
 
     per_token: Callable[[Predictions], Tensor]
@@ -146,14 +146,14 @@ def far_reads(predictions: Predictions) -> Tensor:
 def hidden_states(predictions: Predictions) -> Tensor:
     """Squared error from the donor's hidden states after each layer to the hybrid's, mean over layers.
 
-    In units of the mean square of the donor's in that layer: later ones are larger by far (arXiv 1910.01108
-    aligns directions, arXiv 1909.10351 every layer, for the same purpose).
+    Each token in units of its own mean square there: later layers are larger by far, and so are a few tokens
+    of many models. The last states are those after the final norm. (arXiv 1909.10351 aligns all layers too.)
     """
     errors = list[Tensor]()
     for own, donor in predictions.hidden:
         dtype = accumulation_dtype(own.dtype)
         own, donor = own.to(dtype), donor.to(own.device, dtype)
-        scale = donor.square().mean().clamp_min(torch.finfo(dtype).tiny)
+        scale = donor.square().mean(-1).clamp_min(torch.finfo(dtype).tiny)
         errors.append(((own - donor).square().mean(-1) / scale).to(predictions.logits.device))
     return torch.stack(errors).mean(0)
 
@@ -216,9 +216,10 @@ def _predictions(
     objectives: Sequence[FinetuneObjective],
 ) -> Predictions:
     """What some objectives ask for."""
-    needed = sorted({need for objective in objectives for need in objective.needs})
     reading = any(objective.reads for objective in objectives)
     hidden = any(objective.hidden for objective in objectives)
+    asked = {need for objective in objectives for need in objective.needs}
+    needed = sorted(asked | {DONOR} if hidden else asked)
     # before the model's own pass, whose activations would lie beside theirs
     with donor_outputs(model) if reading else nullcontext({}) as wanted:
         found = {name: _reference(model, name, arguments, hidden=hidden) for name in needed}

@@ -27,7 +27,8 @@ from equipoise.ops.types import Call, FeatureMapLike
 def run(call: Call) -> Tensor:
     """The output [B, H, T, E], differentiable in q, k, v, the features and the gate; without states.
 
-    Hedgehog maps are computed inside the kernels, both ways; of others the features are made here.
+    Hedgehog maps are computed inside the kernels, both ways, where the configuration says so; the features of
+    others are made here.
     """
     maps = map_weights(call)
     if maps is None:

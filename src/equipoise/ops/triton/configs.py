@@ -48,7 +48,7 @@ thread."""
 
 WIDE, NARROW = CONFIGS[1], CONFIGS[2]
 """For numbers of 16 bits, and for wider ones. The first of `CONFIGS` is for nobody: on an H200 its kernels
-with maps inside read memory they should not in bfloat16 (docs/adr/0009-triton-kernels.md)."""
+with maps inside ended in an illegal memory access in bfloat16 (docs/adr/0009-triton-kernels.md)."""
 
 _chosen: ContextVar[Config | None] = ContextVar("equipoise_triton_config", default=None)
 
