@@ -24,7 +24,17 @@ CONFIGS = {
     "shared": HybridConfig(
         window=5, mixing="shared", overlap=False, sinks=2, layout="terraced", layers="all"
     ),
-}
+    # what layers of the recipe `equipoise` are
+    "delta rule, windows by head": HybridConfig(
+        window=5, head_windows=(5, 3), sinks=0, linear_heads=(0, 1), map_heads="key_value",
+        feature_map="trilinear", feature_multiple=2, state_update="delta", value_divisor=2,
+        write_gate="quadratic", gate="per_token", layers="all",
+    ),
+    "means": HybridConfig(
+        window=5, linear_heads=(0, 1, 2, 3), map_heads="key_value", feature_map="constant", feature_dim=1,
+        mixing="calibrated", write_gate="per_token", gate="per_token", layers="all",
+    ),
+}  # fmt: skip
 
 
 def compiling(backend: str) -> CompileConfig:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from compiled_generation import CONFIGS
 from equipoise import HybridConfig, branches, hybridize
 from equipoise.layers.cache import CacheError
 from equipoise.layers.static_cache import StaticHybridCache
@@ -21,6 +22,7 @@ TESTS = Path(__file__).parents[1]
 CONFIG = HybridConfig(window=5, gate="per_head", layers="all")
 SHARED = HybridConfig(window=5, mixing="shared", overlap=False, sinks=2, layout="terraced", layers="all")
 SINGLE = HybridConfig(**SINGLE_HEADS, layers="all")
+DELTA = CONFIGS["delta rule, windows by head"]
 PROMPT, MASK = random_tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
 MASK[0, :5] = 0
 
@@ -41,6 +43,7 @@ def compiled(backend: str, families: str, dtype: str, count: int) -> dict[str, A
         ("eager", "llama", "float32", 1),
         pytest.param("eager", "mistral,qwen3", "float64", 1, marks=pytest.mark.slow),
         pytest.param("eager", "gemma3_text", "float64", 3, marks=pytest.mark.slow),
+        pytest.param("eager", "llama", "float64", 5, marks=pytest.mark.slow),
         pytest.param("aot_eager", "llama", "float32", 3, marks=pytest.mark.slow),
         pytest.param("inductor", "llama", "float32", 1, marks=pytest.mark.slow),
     ],
@@ -52,7 +55,9 @@ def test_one_graph_for_all_tokens_and_prompts(backend: str, families: str, dtype
         assert case == {"same": [True, True], "graphs": 1, "breaks": 0, "recompiles": 0}
 
 
-@pytest.mark.parametrize("config", [CONFIG, SHARED, SINGLE], ids=["convex", "shared", "single-heads"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, SHARED, SINGLE, DELTA], ids=["convex", "shared", "single-heads", "delta"]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
 def test_static_equals_dynamic(family: str, config: HybridConfig) -> None:
     model: Any = hybridize(tiny_model(family, dtype=torch.float64), config)

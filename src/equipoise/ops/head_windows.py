@@ -82,7 +82,8 @@ def head_windows_attention(
         "scale": scale, "softcap": softcap, "key_mask": key_mask, "segment_ids": segment_ids, "sinks": sinks,
         "output_final_state": output_final_state,
     }  # fmt: skip
-    outs, after = list[Tensor](), list[AttentionState | None]()
+    outs: list[Tensor] = []
+    after: list[AttentionState | None] = []  # not list[...](): torch.compile cannot trace that
     for (window, chosen), members, state in zip(groups, own, states, strict=True):
         index = torch.tensor(members, device=q.device)
         parts = q[:, index], k[:, chosen], v[:, chosen]
