@@ -127,7 +127,7 @@ def test_one_branch(alone: str, place: tuple[str, torch.dtype]) -> None:
         with using(SMALL), torch.no_grad():
             out, _ = hybrid_attention(q, k, v, None, None, window=5)
         wide = [x.double().cpu() for x in (q, k, v)]
-        expected = hybrid_attention_reference(*wide, None, None, window=5)
+        expected = hybrid_attention_reference(wide[0], wide[1], wide[2], None, None, window=5)
         torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
     else:
         check(setting, SMALL, place)
