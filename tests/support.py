@@ -165,6 +165,20 @@ class PositiveMap(torch.nn.Module):
         return (x.repeat_interleave(repeats, 1) @ self.weight.to(x.dtype)).exp()
 
 
+def masks_by_name(length: int) -> dict[str, dict[str, Tensor]]:
+    """What operators are asked under: nothing, padding on either side, packed rows, and both; two rows."""
+    left, right, packed = padding_mask("left", length), padding_mask("right", length), segments_of(length)
+    assert left is not None
+    assert right is not None
+    return {
+        "plain": {},
+        "left": {"key_mask": left},
+        "right": {"key_mask": right},
+        "packed": {"segment_ids": packed},
+        "both": {"key_mask": left, "segment_ids": packed},
+    }
+
+
 def padding_mask(kind: str, length: int, *, batch: int = 2, seed: int = 0) -> Tensor | None:
     """``none``, ``left`` (first row), ``right`` (second row) or ``holes`` (anywhere)."""
     if kind == "none":

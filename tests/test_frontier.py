@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from equipoise.train.recipes import load_recipe
 from support import load_tool
@@ -187,3 +188,21 @@ class TestFigure:
         place = self.results(tmp_path / "results.jsonl")
         figures.main(length=2048, tuned=None, limit=None, donor=None, results=place, output=tmp_path)
         assert [path.name for path in tmp_path.glob("*.svg")] == ["frontier-source-2048.svg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["donor", "test"], "trains nothing"),
+        (["heavy-hitters", "test"], "trains nothing"),
+        (["equipoise", "train"], "expected search or test"),
+    ],
+)
+def test_what_cannot_be_scored_again(arguments: list[str], words: str, tmp_path: Path) -> None:
+    place = tmp_path / "results.jsonl"
+    found = CliRunner().invoke(
+        tool("frontier").app, ["score", str(tmp_path), *arguments, "--output", str(place)]
+    )
+    assert found.exit_code == 2
+    assert words in " ".join(found.output.replace("\u2502", " ").split())
+    assert not place.exists()

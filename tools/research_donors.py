@@ -5,8 +5,8 @@
 
 `source` is the demo's donor, trained on Python's sources, continued; `docstrings` is another: trained on
 scipy's docstrings from the start, wider, with two query heads for each key/value head; `large` has 54M
-parameters and wants a GPU, for some minutes. They are made on the spot and cached, like the demo's. Texts
-get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
+parameters, is meant for a GPU, and has not been trained yet. They are made on the spot and cached, like the
+demo's. Texts get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from equipoise.bench import decode, gate, models, peers, transfer
 from equipoise.bench.gate import GateError, check_attention
 from equipoise.bench.peers import OURS, PEERS, batched_linear, local_softmax
 from equipoise.bench.setting import BenchError, BenchSetting, Inputs, UnavailableError, make_inputs
+from equipoise.ops.delta_kernels import fla_module
 from equipoise.ops.reference import linear_attention_recurrent
 
 SMALL = BenchSetting(heads=4, kv_heads=2, head_dim=8, window=8, feature_dim=16)
@@ -59,6 +61,8 @@ def test_the_composed_path_of_fla(monkeypatch: pytest.MonkeyPatch) -> None:
         turned = (x.transpose(1, 2) for x in (scale * q, k, v))
         return linear_attention_recurrent(*turned)[0].transpose(1, 2), None
 
+    fla_module.cache_clear()
+    monkeypatch.setattr(metadata, "version", lambda _: "0.6.0")
     for name in ("fla", "fla.ops", "fla.ops.linear_attn"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
@@ -70,8 +74,10 @@ def test_the_composed_path_of_fla(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = PEERS["fla"].build(on_a_gpu, x)()
     gate.compare("fla", ours, gate.right_answer(SMALL, x, "hybrid"), 2e-4)
     monkeypatch.setitem(sys.modules, "fla.ops.linear_attn", None)
+    fla_module.cache_clear()
     with pytest.raises(UnavailableError, match="cannot be imported"):
         PEERS["fla"].build(on_a_gpu, x)
+    fla_module.cache_clear()  # nothing of this is left for others
 
 
 @pytest.mark.parametrize("gradients", [False, True])

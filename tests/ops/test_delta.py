@@ -15,7 +15,7 @@ from equipoise.ops.delta import delta_attention
 from equipoise.ops.head_subset import subset_attention
 from equipoise.ops.head_windows import head_windows_attention
 from equipoise.ops.reference import delta_rule, visible_keys
-from support import normal, padding_mask, segments_of
+from support import masks_by_name, normal, padding_mask, segments_of
 
 B, H, T, D, F, E = 2, 3, 37, 8, 6, 5
 
@@ -28,13 +28,7 @@ def drawn(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in (q, k, v, phi_q, phi_k))
 
 
-MASKS: dict[str, Any] = {
-    "plain": {},
-    "left": {"key_mask": padding_mask("left", T)},
-    "right": {"key_mask": padding_mask("right", T)},
-    "packed": {"segment_ids": segments_of(T)},
-    "both": {"key_mask": padding_mask("left", T), "segment_ids": segments_of(T)},
-}
+MASKS: dict[str, dict[str, Any]] = {**masks_by_name(T)}
 
 
 @pytest.mark.parametrize("masked", MASKS)

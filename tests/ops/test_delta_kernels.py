@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from equipoise.ops import delta_kernels
 from equipoise.ops.delta import FEWEST, delta_attention
 from equipoise.ops.dispatch import backend
 from equipoise.ops.reference import delta_rule
-from support import normal, padding_mask, segments_of
+from support import masks_by_name, normal
 
 B, N, SHARED, T, D, F, E = 2, 2, 2, 150, 8, 32, 16
 
@@ -68,18 +69,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, ...]]:
         dtypes.append((q.dtype, k.dtype, v.dtype, beta.dtype))
         return recurrence(q, k, v, beta, **options)
 
-    monkeypatch.setattr(delta_kernels, "_kernels", lambda: (called, ""))
+    module = SimpleNamespace(chunk_delta_rule=called)
+    monkeypatch.setattr(delta_kernels, "fla_module", lambda _: (module, ""))
     monkeypatch.setattr(delta_kernels, "unsupported", lambda *_: None)
     return dtypes
 
 
-MASKS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "left": {"key_mask": padding_mask("left", T)},
-    "right": {"key_mask": padding_mask("right", T)},
-    "packed": {"segment_ids": segments_of(T)},
-    "both": {"key_mask": padding_mask("left", T), "segment_ids": segments_of(T)},
-}
+MASKS: dict[str, dict[str, Any]] = {**masks_by_name(T)}
 
 
 @pytest.mark.parametrize("masked", MASKS)
@@ -154,7 +150,7 @@ def test_why_they_cannot_run(
     device: str, dtype: torch.dtype, features: int, value_size: int, reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(delta_kernels, "_kernels", lambda: (None, "too old"))
+    monkeypatch.setattr(delta_kernels, "fla_module", lambda _: (None, "too old"))
     found = delta_kernels.unsupported(torch.device(device), dtype, features, value_size)
     assert found is not None
     assert reason in found
@@ -162,13 +158,13 @@ def test_why_they_cannot_run(
 
 @pytest.mark.parametrize("size", [16, 256])
 def test_what_they_can_run(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta_kernels, "_kernels", lambda: (recurrence, ""))
+    monkeypatch.setattr(delta_kernels, "fla_module", lambda _: (recurrence, ""))
     assert delta_kernels.unsupported(torch.device("cuda"), torch.bfloat16, size, size) is None
 
 
 @pytest.mark.parametrize(
     ("version", "reason"),
-    [(None, "not installed"), ("0.5.9", "is 0.5.9, 0.6 is needed"), ("0.6.0", "cannot be imported")],
+    [(None, "not installed"), ("0.5.9", "is 0.5.9, 0.6 is needed"), ("0.6rc1", "cannot be imported")],
 )
 def test_installations_that_do_not_do(
     version: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +177,7 @@ def test_installations_that_do_not_do(
 
     monkeypatch.setattr(metadata, "version", installed)
     monkeypatch.setitem(sys.modules, "fla.ops.delta_rule", None)  # raises ImportError
-    found, why = delta_kernels._kernels.__wrapped__()
+    found, why = delta_kernels.fla_module.__wrapped__(delta_kernels.MODULE)
     assert found is None
     assert reason in why
 

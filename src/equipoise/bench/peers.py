@@ -6,7 +6,6 @@ follow the legend in `equipoise.ops.types`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from equipoise.bench.setting import BenchSetting, Inputs, UnavailableError
 from equipoise.ops import hybrid_attention
+from equipoise.ops.delta_kernels import fla_module
 from equipoise.ops.mix import divide
 from equipoise.registry import Registry
 
@@ -115,12 +115,9 @@ def _flex(setting: BenchSetting, x: Inputs) -> Callable[[], Tensor]:
 def _fla(setting: BenchSetting, x: Inputs) -> Callable[[], Tensor]:
     if setting.device != "cuda":
         raise UnavailableError("flash-linear-attention runs on GPUs only")
-    if importlib.util.find_spec("fla") is None:
-        raise UnavailableError("flash-linear-attention is not installed: pip install 'equipoise[gpu]'")
-    try:
-        ops: Any = importlib.import_module("fla.ops.linear_attn")
-    except ImportError as error:  # of another release of torch or Triton, say
-        raise UnavailableError(f"flash-linear-attention cannot be imported: {error}") from error
+    ops, reason = fla_module("fla.ops.linear_attn")
+    if reason:
+        raise UnavailableError(reason)
     groups = setting.heads // setting.kv_heads
 
     def call() -> Tensor:

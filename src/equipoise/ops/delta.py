@@ -74,7 +74,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, key_mask: Tensor | None,
     segment_ids: Tensor | None, state: AttentionState | None, keep: bool, chunk_size: int,
 ) -> tuple[Tensor, AttentionState | None]:  # fmt: skip
-    dtype, length = accumulation_dtype(q.dtype), q.shape[2]
+    dtype = accumulation_dtype(q.dtype)
     k, v = (_clean(x, key_mask) for x in (k, v))
     queries, keys = (
         phi.to(dtype) if isinstance(phi, Tensor) else phi(x.to(dtype)) for phi, x in ((phi_q, q), (phi_k, k))
@@ -87,7 +87,7 @@ def _run(
     sums = None if state is None else state.linear_state
     if sums is None:
         sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
-    if length >= FEWEST and dispatch.may_use_kernels() and _by_kernels(q, keys, values):
+    if _by_kernels(q, keys, values):
         strength = (keys * units).sum(-1, keepdim=True)
         rows = delta_kernels.Rows(queries, units, strength, values, segments)
         out, sums = delta_kernels.run(rows, sums, last, q.dtype)
@@ -108,6 +108,8 @@ def _run(
 
 def _by_kernels(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether flash-linear-attention's kernels can run a call; says once why not, on a GPU."""
+    if q.shape[2] < FEWEST or not dispatch.may_use_kernels():
+        return False
     reason = delta_kernels.unsupported(q.device, q.dtype, keys.shape[-1], values.shape[-1])
     if reason is not None and q.device.type == "cuda":
         dispatch.say(reason)

@@ -8,6 +8,7 @@ from chunk to chunk stays at 32. Our own chunks hold all at 32. Shapes follow th
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MODULE = "fla.ops.delta_rule"
 BLOCK, MOST = 16, 256
 """Features, and numbers of a value, are a multiple of the first and no more than the second."""
 RELEASE = (0, 6)
@@ -24,17 +26,17 @@ RELEASE = (0, 6)
 
 
 @cache
-def _kernels() -> tuple[Any, str]:
-    """The function, or None and why there is none."""
+def fla_module(name: str) -> tuple[Any, str]:
+    """A module of flash-linear-attention, or None and why there is none."""
     try:
         version = metadata.version("flash-linear-attention")
     except metadata.PackageNotFoundError:
         return None, 'flash-linear-attention is not installed: pip install "equipoise[gpu]"'
-    if tuple(int(part) for part in version.split(".")[:2]) < RELEASE:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < RELEASE:
         return None, f"flash-linear-attention is {version}, {'.'.join(map(str, RELEASE))} is needed"
     try:
-        return importlib.import_module("fla.ops.delta_rule").chunk_delta_rule, ""
-    except (ImportError, RuntimeError, AttributeError) as error:  # of another release of torch or Triton, say
+        return importlib.import_module(name), ""
+    except (ImportError, RuntimeError) as error:  # of another release of torch or Triton, say
         return None, f"flash-linear-attention cannot be imported: {error}"
 
 
@@ -51,7 +53,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, features: int, value_s
         return f"the delta rule's kernels in {dtype}"
     if any(size % BLOCK or size > MOST for size in (features, value_size)):
         return f"the delta rule's kernels with {features} features and {value_size} numbers a value"
-    _, reason = _kernels()
+    _, reason = fla_module(MODULE)
     return f"the delta rule's kernels: {reason}" if reason else None
 
 
@@ -91,10 +93,11 @@ def run(rows: Rows, sums: Tensor, last: Tensor | None, dtype: torch.dtype) -> tu
             *(x.repeat_interleave(shared, 1) for x in (rows.units, rows.values, rows.strength)),
         )
     )
+    chunk_delta_rule = fla_module(MODULE)[0].chunk_delta_rule
     before = sums.repeat_interleave(shared, 1).to(torch.float32)
     options: dict[str, Any] = {"scale": 1.0, "output_final_state": True}
     if rows.segments is None:
-        out, after = _kernels()[0](q, k, v, beta[..., 0], initial_state=before, **options)
+        out, after = chunk_delta_rule(q, k, v, beta[..., 0], initial_state=before, **options)
     else:
         assert last is not None
         bounds, first, ends = _sequences(rows.segments)
@@ -102,9 +105,9 @@ def run(rows: Rows, sums: Tensor, last: Tensor | None, dtype: torch.dtype) -> tu
         starts = before.new_zeros(len(bounds) - 1, *before.shape[1:])
         starts = starts.index_copy(0, first, before * goes_on)
         q, k, v, beta = (x.flatten(0, 1)[None] for x in (q, k, v, beta))
-        out, after = _kernels()[0](
+        out, after = chunk_delta_rule(
             q, k, v, beta[..., 0], initial_state=starts, cu_seqlens=bounds, **options
-        )  # fmt: skip
+        )
         out, after = out[0].unflatten(0, rows.segments.shape), after[ends]
     out = out.transpose(1, 2).unflatten(1, (-1, shared))
     return out.to(sums.dtype), after[:, ::shared].to(sums.dtype)

@@ -200,10 +200,8 @@ def finetune_loss(
     """
     chosen = {name: FINETUNE_OBJECTIVES[name] for name in objectives}
     arguments = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    targets = inputs["labels"][:, 1:]
-    predictions = _predictions(model, arguments, targets, list(chosen.values()))
-    targets = predictions.targets
-    trained = targets != IGNORED_LABEL
+    predictions = _predictions(model, arguments, inputs["labels"][:, 1:], list(chosen.values()))
+    trained = predictions.targets != IGNORED_LABEL
     losses = [weight * chosen[name].per_token(predictions) for name, weight in objectives.items()]
     total = torch.stack(losses).sum(0).masked_fill(~trained, 0.0).sum()
     return total / (trained.sum() if count is None else count)
