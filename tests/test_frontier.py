@@ -91,12 +91,13 @@ def test_interval_is_of_the_mean(tables: Any) -> None:
 
 
 def test_against_pairs_texts_within_a_donor(frontier: Any, tmp_path: Path, capsys: Any) -> None:
-    def entry(donor: str, run: str, nll: list[float]) -> str:
-        about = {"donor": donor, "split": "search", "tokens": 36, "run": run, "steps": 8, "seed": 0}
+    def entry(donor: str, run: str, nll: list[float], steps: int = 8) -> str:
+        about = {"donor": donor, "split": "search", "tokens": 36, "run": run, "steps": steps, "seed": 0}
         return json.dumps({**about, "both": {"nll": nll}})
 
     place = tmp_path / "results.jsonl"
     lines = [entry("a", "rival", [1.0, 3.0]), entry("a", "ours", [1.5, 3.5]), entry("b", "ours", [0.0, 0.0])]
+    lines.append(entry("a", "rival", [2.0, 4.0], steps=4))  # a worse way to run it, which does not count
     place.write_text("\n".join(lines) + "\n")
     frontier.against("rival", output=place)
     shown = capsys.readouterr().out

@@ -67,11 +67,12 @@ DELTA_SCALE: Mapping[str, Any] = {
 }
 """And for the delta rule."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TUNING: Mapping[str, tuple[str, ...]] = {
-    "tuned": ("distillation",),
-    "next-token": ("distillation", "next-token"),
+TUNING: Mapping[str, Mapping[str, float]] = {
+    "tuned": {"distillation": 1.0},
+    "next-token": {"distillation": 1.0, "next-token": 1.0},
+    "next-token-3": {"distillation": 1.0, "next-token": 3.0},
 }
-"""What windows alone learn from, by what stands behind the colon of a run's name."""
+"""What windows alone learn from, and its weights, by what stands behind the colon of a run's name."""
 
 
 def even(tokens: int) -> HybridConfig:
@@ -189,6 +190,8 @@ def shared_out(
 
     small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k != "value_divisor"}
     own = json.dumps([settings.linear_share, small], sort_keys=True)
+    if settings.weigh_lookups:
+        own += f", lookups from {settings.least_importance}"
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
@@ -251,7 +254,7 @@ def made(
         if not how:
             return hybridize(loaded(at), config, check=False), None
         hybrid = config.model_dump(mode="json")
-        tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": dict.fromkeys(TUNING[how], 1.0)}
+        tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": dict(TUNING[how])}
         settings = {"hybrid": hybrid, "finetune": tuned}
         return converted(at, settings, "swa-sinks", seed, steps, console), None
     recipe, settings = settings_of(f"{base}{OF_OLD}" if of_old else base, at, steps)
@@ -318,7 +321,7 @@ def run(
     donor: Donor = "demo",
     length: Length = 512,
     tokens: Tokens = 36,
-    split: Annotated[str, typer.Option(help="search or test.")] = "search",
+    split: Annotated[str, typer.Option(help="search, test, or search,test for both.")] = "search",
     tuned: Annotated[
         int | None, typer.Option(help="Tokens of the texts that are trained on; else those of --length.")
     ] = None,
@@ -326,12 +329,13 @@ def run(
     output: Path = RESULTS,
     keep: Annotated[Path | None, typer.Option(help="Save the model here as well.")] = None,
 ) -> None:
-    """Make one model, score it, and append a line to the results."""
-    at, own = Setting(donor, length, tokens, tuned), checked(split)
+    """Make one model, score it, and append a line to the results for every split."""
+    at, splits = Setting(donor, length, tokens, tuned), [checked(of) for of in split.split(",")]
     model, mode = made(name, at, seed, steps, Console(stderr=True))
     if keep is not None:
         model.save_pretrained(keep)
-    appended(output, score_run(name, at, seed, own, steps, model, mode))
+    for own in splits:
+        appended(output, score_run(name, at, seed, own, steps, model, mode))
     frontier_report.report(output)
 
 

@@ -32,6 +32,7 @@ COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
 ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
+LOOKUPS: Changes = {"allocation": {"weigh_lookups": True, "least_importance": 0.25}}
 NARROW, WIDE = hybrid(feature_multiple=1), both(hybrid(feature_multiple=4), TWICE)
 PREDICTIONS = both(
     objectives("transfer", "output", "hybrid-output"),
@@ -42,6 +43,10 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 """What it was until 2026-11-29."""
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
+NEXT_TOKEN_3: Changes = {"finetune": {"objectives": {
+    "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0,
+}}}  # fmt: skip
+"""Three times the weight on the next token: rivals have one other objective beside it, ours three."""
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
 FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
@@ -65,6 +70,9 @@ ABLATIONS: Mapping[str, Changes] = {
     "few": {"allocation": {"heads": 0.64}},  # two states at 68 tokens, where the recipe has four
     "single": {"allocation": {"heads": 0.36}},
     "wide-single": both(hybrid(feature_multiple=4), {"allocation": {"heads": 0.64}}),
+    "lookups": LOOKUPS,
+    "quarter-values-lookups": both(LOOKUPS, hybrid(value_divisor=4)),
+    "wide-lookups": both(LOOKUPS, hybrid(feature_multiple=4)),
     "state-per-query": hybrid(map_heads="query"),
     # writes, gates, states
     "linear-writes": hybrid(write_gate="per_token"),
@@ -81,6 +89,10 @@ ABLATIONS: Mapping[str, Changes] = {
     # what is learned from
     "hidden-states": objectives(
         "finetune", "distillation", "far-distillation", "far-reads", "next-token", "hidden-states"
+    ),
+    "next-token-3": NEXT_TOKEN_3,
+    "wide-single-next-token-3": both(
+        hybrid(feature_multiple=4), {"allocation": {"heads": 0.64}}, NEXT_TOKEN_3
     ),
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
     "predictions": both(

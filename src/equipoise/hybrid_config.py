@@ -149,6 +149,9 @@ class AllocationConfig(Settings):
     least_importance: float = Field(default=0.1, ge=0, le=1)
     """A head gets a linear branch where full attention in it restores at least this share of what it restores
     in the head that needs it most."""
+    weigh_lookups: bool = False
+    """Whether what a head restores counts more where windows lose more: heads that look something up are told
+    apart from those where a mean of the past would do."""
     elsewhere: dict[str, Any] | None = None
     """Settings of the linear branch in all heads of layers where no head needs a large one: a small state
     that stands for what the window leaves out. Null leaves those layers their window only."""

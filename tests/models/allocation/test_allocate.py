@@ -110,6 +110,25 @@ class TestMeasuring:
         whole = measured.worth([2], sinks=0, steps=16)
         torch.testing.assert_close(found.sum(-1, keepdim=True), whole, rtol=1e-6, atol=1e-9)
 
+    @pytest.mark.parametrize("batch_size", [2, 3])
+    def test_lookups_weigh_by_what_windows_lose(self, batch_size: int, rows: dict[str, Tensor]) -> None:
+        """Everything together then restores the mean of squares over the mean."""
+        model = donor(2.0)
+        own = model(**rows).logits[:, :-1].log_softmax(-1).detach()
+        hybridize(model, HybridConfig(window=4, feature_map=None), check=False)
+        with branches(model, AttentionMode("swa", window=3, sinks=1)):
+            other = model(**rows, use_cache=False).logits[:, :-1].log_softmax(-1).detach()
+        lost = (own.exp() * (own - other)).sum(-1)
+        measured = DonorDivergence(model, rows, batch_size=batch_size)
+        found = measured.worth([3], sinks=1, steps=64, weigh_lookups=True)
+        expected = float(lost.square().mean() / lost.mean())
+        assert expected > 1.1 * float(lost.mean())
+        assert float(found.sum()) == pytest.approx(expected, rel=0.02)
+
+    def test_nothing_lost_is_nothing_to_weigh(self, measured: DonorDivergence) -> None:
+        found = measured.worth([20], sinks=0, weigh_lookups=True)
+        assert float(found.abs().max()) < 1e-12
+
     def test_worth_is_of_the_only_head_that_is_read(self, rows: dict[str, Tensor]) -> None:
         model = donor()
         with torch.no_grad():  # the output projection reads head 2 of layer 1 alone, and nothing of layer 0
@@ -237,6 +256,25 @@ class TestAllocate:
         assert [sharing._beyond(worth, sizes, window) for window in (4, 6, 8, 12, 16, 17)] == [
             7.0, 5.0, 3.0, 2.0, 1.0, 0.0,
         ]  # fmt: skip
+
+    def test_heads_are_chosen_by_lookups(self, rows: dict[str, Tensor]) -> None:
+        plain = SETTINGS.model_copy(
+            update={"state_bytes": 1_800, "linear_share": 0.9, "least_importance": 0.35}
+        )
+        settings = plain.model_copy(update={"weigh_lookups": True})
+        done: list[tuple[int, int]] = []
+        found = allocate(donor(), rows, HYBRID, settings, seen=lambda now, total: done.append((now, total)))
+        model = hybridize(donor(), HybridConfig(window=4, feature_map=None), check=False)
+        even = (found.budget // (2 * 8 * 2) - 4 * HYBRID.sinks) // 4  # of the heads, a token 32 bytes
+        expected = DonorDivergence(model, rows, batch_size=4).worth(
+            [even], sinks=2, steps=2, weigh_lookups=True
+        )
+        torch.testing.assert_close(torch.tensor(found.importance, dtype=F64), expected[..., 0])
+        bar = 0.35 * float(expected.max())
+        chosen = [[head for head, value in enumerate(row) if value >= bar] for row in found.importance]
+        assert found.linear_heads == chosen
+        assert chosen != allocate(donor(), rows, HYBRID, plain).linear_heads
+        assert done[-1][0] == done[-1][1] == 3 * 6 + 3 * 2 + 2
 
     def test_moves_make_it_better(self, rows: dict[str, Tensor]) -> None:
         settings = SETTINGS.model_copy(update={"state_bytes": 1_500})

@@ -28,6 +28,8 @@ from equipoise.models.surgery import hybridize, revert
 
 STEPS = 6
 """Points of the path along which the worth of windows is integrated."""
+LOOKUP_STEPS = 2
+"""And of the path that heads are chosen by where lookups are weighed: an order of heads wants no more."""
 LADDER = 16
 """From this window on, sizes are measured between two doublings too."""
 
@@ -43,7 +45,8 @@ class Allocation:
         windows: by layer, of each key/value head.
         sinks: by layer.
         linear_heads: by layer, the query heads that have a linear branch.
-        importance: nats per token that what lies beyond even windows restores, by layer and query head.
+        importance: nats per token that what lies beyond even windows restores, by layer and query head; a
+            weighted mean over tokens with ``weigh_lookups``.
         sizes: windows that were measured.
         worth: nats per token that each widening from one size to the next restores, the last one to
             full softmax; by layer and query head.
@@ -161,7 +164,11 @@ def _allocate(
     sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget // costs.token)
     worth = measured.worth(sizes)
     even = _tokens_left(budget, costs, count) // count
-    importance = [[_beyond(values, sizes, even) for values in row] for row in worth]
+    importance = (
+        measured.beyond(even)
+        if settings.weigh_lookups
+        else [[_beyond(values, sizes, even) for values in row] for row in worth]
+    )
     if max(map(max, importance)) <= 0:  # rows too short to look past even windows
         importance = [[sum(values) for values in row] for row in worth]
     most = max(1, min(int(settings.linear_share * budget), budget - floor) // costs.head)
@@ -316,16 +323,28 @@ class _Measured:
         if settings.fewer_sinks:  # at most: what changes nothing is not measured
             counts = len(fewer_sinks(sinks))
             sinking = 2 + counts + (counts + 1) * len(self.donor.mixers)
-        self.total = (3 * STEPS + 2 + sinking + (moves and moves + 1)) * self.donor.batches
+        lookups = 3 * LOOKUP_STEPS if settings.weigh_lookups else 0
+        self.total = (3 * STEPS + lookups + 2 + sinking + (moves and moves + 1)) * self.donor.batches
 
     def _tick(self) -> None:
         self.done += self.weight
         self.seen(self.done, self.total)
 
     def worth(self, sizes: Sequence[int]) -> list[list[list[float]]]:
+        return self._by_layer(self._integrated(sizes, steps=STEPS))
+
+    def beyond(self, window: int) -> list[list[float]]:
+        """What full attention restores beyond a window in every head, by layer, lookups weighed."""
+        found = self._integrated([window], steps=LOOKUP_STEPS, weigh_lookups=True)
+        return self._by_layer(found.squeeze(-1))
+
+    def _integrated(self, sizes: Sequence[int], **more: Any) -> Tensor:
         self.weight = 3
-        found = self.donor.worth(sizes, sinks=self.sinks, steps=STEPS)
+        found = self.donor.worth(sizes, sinks=self.sinks, **more)
         self.weight = 1
+        return found
+
+    def _by_layer(self, found: Tensor) -> list[Any]:
         # a tensor has as many heads as the widest layer
         return [row[: mixer.heads].tolist() for row, mixer in zip(found, self.donor.mixers, strict=True)]
 

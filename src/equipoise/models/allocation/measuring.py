@@ -1,6 +1,7 @@
 """What windows cost a donor, by layer and head: divergences of its predictions on a few rows.
 
-Shapes: B rows of T tokens, L converted layers, H query heads, J window sizes, V words of the vocabulary.
+Shapes: B rows of T tokens, P = T - 1 predictions, L converted layers, H query heads, J window sizes, V words
+of the vocabulary.
 """
 
 from __future__ import annotations
@@ -85,11 +86,13 @@ class DonorDivergence:
         total = 0.0
         with torch.no_grad():
             for place in range(self.batches):
-                total += float(self._divergence(place, modes))
+                total += float(self._divergence(place, modes).sum())
                 self.tick()
         return total / self.tokens
 
-    def worth(self, sizes: Sequence[int], *, sinks: int, steps: int = 6) -> Float[Tensor, "L H J"]:
+    def worth(
+        self, sizes: Sequence[int], *, sinks: int, steps: int = 6, weigh_lookups: bool = False
+    ) -> Float[Tensor, "L H J"]:
         """Nats per token that each widening of each head's window restores: integrated gradients.
 
         Widening j goes from the j-th of the J sizes to the next one, the last from the largest to softmax.
@@ -102,10 +105,13 @@ class DonorDivergence:
             sizes: windows in tokens, rising.
             sinks: tokens that join every window.
             steps: points of the path; each takes a forward and a backward pass.
+            weigh_lookups: weigh each token by what the smallest windows lose there, over its mean: lookups
+                lose several nats, and what a mean of the past restores is spread over all tokens.
         """
         most = max(mixer.heads for mixer in self.mixers)
         found = torch.zeros(len(self.mixers), most, len(sizes), dtype=torch.float64)
         windows = (*sizes, None)
+        weights = self._lost([sizes[0]] * len(self.mixers), sinks) if weigh_lookups else None
         for step in range(steps):
             for place in range(self.batches):
                 shares = [
@@ -116,11 +122,21 @@ class DonorDivergence:
                     for mixer in self.mixers
                 ]  # fmt: skip
                 modes = [AttentionMode("blend", sinks=sinks, blend=_path(windows, share)) for share in shares]
-                gradients = torch.autograd.grad(self._divergence(place, modes), shares)
+                lost = self._divergence(place, modes)
+                lost = lost.sum() if weights is None else (weights[place] * lost).sum()
+                gradients = torch.autograd.grad(lost, shares)
                 for rows, gradient in zip(found, gradients, strict=True):
                     rows[: gradient.shape[1]] -= gradient.T.cpu().double() / (steps * self.tokens)
                 self.tick()
         return found
+
+    @torch.no_grad()
+    def _lost(self, windows: Sequence[int], sinks: int) -> list[Tensor]:
+        """By batch, what windows lose at each token [B, T - 1], over its mean; 1 where nothing is lost."""
+        modes = [AttentionMode("swa", window=window, sinks=sinks) for window in windows]
+        found = [self._divergence(place, modes) for place in range(self.batches)]
+        mean = sum(float(of.double().sum()) for of in found) / self.tokens
+        return [of / mean if mean > 0 else torch.ones_like(of) for of in found]
 
     def _donor(self, batch: Mapping[str, Tensor], place: int) -> Tensor:
         if place in self.kept:
@@ -131,12 +147,12 @@ class DonorDivergence:
             self.kept[place] = found
         return found
 
-    def _divergence(self, place: int, modes: Sequence[AttentionMode]) -> Tensor:
+    def _divergence(self, place: int, modes: Sequence[AttentionMode]) -> Float[Tensor, "B P"]:
         batch = {name: tensor.to(self.model.device) for name, tensor in self.parts[place].items()}
         donor = self._donor(batch, place)
         with _in_modes(self.mixers, modes):
             other = self._log_probabilities(batch)
-            return divergence(donor, other).sum()
+            return divergence(donor, other)
 
     def _log_probabilities(self, batch: Mapping[str, Tensor]) -> Tensor:
         return log_probabilities(self.model(**batch, use_cache=False).logits[:, :-1])
