@@ -18,6 +18,7 @@ from equipoise.distributed import Ranks
 from equipoise.registry import UnknownNameError
 from equipoise.train import parallel
 from equipoise.train.parallel import chosen_parallel, share_of_batch
+from equipoise.train.recipes import load_recipe
 from ranks import SEEN, launch, run_job
 from support import tiny_model, tiny_tokenizer
 
@@ -44,7 +45,7 @@ def job(small: Any, donor: str) -> Any:
             stage: {
                 "max_steps": 4,
                 "save_every": 2,
-                **RECIPES[recipe].get(stage, {}),
+                **RECIPES.get(recipe, {}).get(stage, {}),
                 **settings.pop(stage, {}),
             }
             for stage in ("transfer", "finetune")
@@ -117,6 +118,24 @@ class TestOneResult:
         assert done.stderr.count("held-out loss") == 2  # the leader alone speaks
         model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ssd-2")
         assert type(model).__name__ == "EquipoiseLlamaForCausalLM"
+
+    def test_the_default_recipe_on_two_ranks(self, job: Any, tmp_path: Path) -> None:
+        """As `equipoise allocate` writes it: delta states in two heads, means whose scores are fitted."""
+        means = load_recipe("equipoise").allocation
+        assert means is not None
+        means = {**(means.elsewhere or {}), "linear_heads": [0, 1, 2, 3]}
+        shared_out = {
+            "hybrid": {"window": 4, "linear_heads": [2, 3], "per_layer": {1: means}}, "allocation": None,
+        }  # fmt: skip
+        run_job(job("equipoise", tmp_path / "equipoise-1", **shared_out))
+        sharded = job("equipoise", tmp_path / "equipoise-2", options={"parallel": "fsdp2"}, **shared_out)
+        done = launch(2, [sharded], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert_equal(tmp_path / "equipoise-2", tmp_path / "equipoise-1")
+        one, other = seen(tmp_path / "equipoise-2")
+        assert one["sharded"] == one["donor"] > 0
+        assert one["sharded_own"] == 0
+        assert one["trained"] == other["trained"]
 
     def test_ddp_on_two_ranks(self, job: Any, tmp_path: Path) -> None:
         for recipe in RECIPES:

@@ -60,13 +60,17 @@ class LayerTarget:
         return per_token.masked_fill(~kept, 0).sum() / kept.sum().clamp_min(1)
 
     def far_mean(self, per_token: Tensor) -> Tensor:
-        """Mean of [B, H, T] over heads and tokens, these weighted by the square of `astray`."""
+        """Mean of [B, H, T] over heads and tokens, these weighted by the square of `astray`, then over rows.
+
+        Every row counts alike: a mean over the tokens of a micro batch would depend on what shares it.
+        """
         assert self.astray is not None
         weight = self.astray.to(per_token.dtype).square()
         if self.inputs.key_mask is not None:
             weight = weight.masked_fill(~self.inputs.key_mask, 0)
-        total = (weight[:, None] * per_token).sum()
-        return total / (weight.sum() * per_token.shape[1]).clamp_min(torch.finfo(per_token.dtype).tiny)
+        total = (weight[:, None] * per_token).sum((1, 2))
+        of_rows = weight.sum(1).clamp_min(torch.finfo(per_token.dtype).tiny) * per_token.shape[1]
+        return (total / of_rows).mean()
 
 
 Objective = Callable[[LayerTarget], Tensor]
