@@ -60,7 +60,7 @@ def test_published_recipes_take_no_more_than_the_budget(frontier: Any, name: str
 
 
 def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
-    for name in frontier.ABLATIONS:
+    for name in tool("frontier_ablations").ABLATIONS:
         run = load_recipe(*frontier.settings_of(name, DEMO))
         assert run.transfer is not None
         assert run.finetune is not None
@@ -73,6 +73,16 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
     ]
     assert [of.write_gate for of in settings if of is not None] == ["quadratic", "none", "per_token"]
     assert [of.features(32) for of in settings if of is not None] == [64, 64, 32]  # two unit heads for one
+
+
+def test_ablations_can_be_joined(frontier: Any) -> None:
+    joined = load_recipe(*frontier.settings_of("lookups+wider+next-token-3", DEMO))
+    assert joined.hybrid is not None
+    assert joined.finetune is not None
+    assert joined.hybrid.feature_multiple == 4
+    assert joined.finetune.objectives["next-token"] == 3
+    assert frontier.changes_of("lookups+wider")["allocation"]["weigh_lookups"]
+    assert frontier.changes_of("lookups+lolcats") is None
 
 
 def test_recall_counts_answers_in_a_span(tables: Any) -> None:

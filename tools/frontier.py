@@ -38,7 +38,7 @@ from equipoise.ops.eviction import Eviction
 from equipoise.recall_donor import write_documents
 from equipoise.train.convert import convert
 from equipoise.train.recipes import load_recipe
-from frontier_ablations import ABLATIONS, BEFORE, FIRST, both
+from frontier_ablations import BEFORE, FIRST, both, changes_of
 from frontier_texts import Setting, Split, rows_of, scored, with_more_pairs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -186,12 +186,15 @@ def shared_out(
 
     def search() -> dict[str, Any]:
         found = allocate(loaded(at), measured_rows(at), hybrid, settings, batch_size=2 * at.rows).hybrid
-        return {"window": found.window, "per_layer": found.model_dump(mode="json")["per_layer"]}
+        own = {"feature_multiple": found.feature_multiple} if settings.feature_multiples else {}
+        return {"window": found.window, **own, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
     small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k != "value_divisor"}
     own = json.dumps([settings.linear_share, small], sort_keys=True)
     if settings.weigh_lookups:
         own += f", lookups from {settings.least_importance}"
+    if settings.feature_multiples:
+        own += f", of width {settings.feature_multiples}"
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
@@ -212,13 +215,14 @@ def shared_out(
 def settings_of(name: str, at: Setting, steps: int = STEPS) -> tuple[str, dict[str, Any]]:
     """Recipe and settings of a run that trains both branches."""
     of_old, name = name.endswith(OF_OLD), name.removesuffix(OF_OLD)
-    first = steps // FIRST.get(name, 8 if name in ABLATIONS else 4)
+    changes = changes_of(name)
+    first = steps // FIRST.get(name, 4 if changes is None else 8)
     half = {"transfer": {"max_steps": first}, "finetune": {"max_steps": steps - first}}
-    delta = name in ABLATIONS and "state_update" not in ABLATIONS[name].get("hybrid", {})
+    delta = changes is not None and "state_update" not in changes.get("hybrid", {})
     rates = DELTA_SCALE if delta else SCALE
     scale = {stage: {**rates[stage], **half[stage]} for stage in half}
-    if name in ABLATIONS:
-        changes = both(BEFORE, ABLATIONS[name]) if of_old else ABLATIONS[name]
+    if changes is not None:
+        changes = both(BEFORE, changes) if of_old else changes
         own = {part: dict(values) for part, values in changes.items()}
         merged = {stage: {**scale[stage], **own.pop(stage, {})} for stage in scale}
         hybrid = {"sinks": SINKS, **own.get("hybrid", {})}
@@ -258,8 +262,9 @@ def made(
         settings = {"hybrid": hybrid, "finetune": tuned}
         return converted(at, settings, "swa-sinks", seed, steps, console), None
     recipe, settings = settings_of(f"{base}{OF_OLD}" if of_old else base, at, steps)
-    if base in ABLATIONS:
-        own = dict(ABLATIONS[base].get("allocation", {}))
+    changes = changes_of(base)
+    if changes is not None:
+        own = dict(changes.get("allocation", {}))
         if of_old:
             own |= {"fewer_sinks": False, "heads": own.get("heads", 1) * (2 if at.tokens <= SMALL else 1)}
         settings["hybrid"] = shared_out(at, settings["hybrid"], own, evenly=base == "even-windows")

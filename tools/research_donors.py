@@ -50,8 +50,8 @@ class Part:
 
 
 CURRICULUM = (
-    Part("repeated", 110, 8, 512), Part("pairs", 170, 8, 512), Part("pairs", 60, 4, 1024),
-    Part("pairs", 80, 2, 2048),
+    Part("repeated", 110, 8, 512), Part("pairs", 170, 8, 512), Part("pairs", 80, 4, 1024),
+    Part("pairs", 240, 2, 2048),
 )  # fmt: skip
 
 
@@ -79,8 +79,8 @@ DONORS = {
         curriculum=(
             Part("repeated", 240, 16, 256),
             Part("pairs", 260, 8, 512),
-            Part("pairs", 60, 4, 1024),
-            Part("pairs", 120, 2, 2048),
+            Part("pairs", 80, 4, 1024),
+            Part("pairs", 240, 2, 2048),
         ),
         seed=1,
     ),

@@ -152,6 +152,9 @@ class AllocationConfig(Settings):
     weigh_lookups: bool = False
     """Whether what a head restores counts more where windows lose more: heads that look something up are told
     apart from those where a mean of the past would do."""
+    feature_multiples: tuple[Literal[1, 2, 4], ...] = ()
+    """Widths of the large states to choose from instead of hybrid.feature_multiple: the widest with which
+    every head that needs a state can be paid for, else the narrowest in as many as can."""
     elsewhere: dict[str, Any] | None = None
     """Settings of the linear branch in all heads of layers where no head needs a large one: a small state
     that stands for what the window leaves out. Null leaves those layers their window only."""

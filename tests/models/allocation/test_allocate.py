@@ -276,6 +276,21 @@ class TestAllocate:
         assert chosen != allocate(donor(), rows, HYBRID, plain).linear_heads
         assert done[-1][0] == done[-1][1] == 3 * 6 + 3 * 2 + 2
 
+    @pytest.mark.parametrize(("budget", "width"), [(900, 1), (3_000, 4)])
+    def test_widths_of_states(self, budget: int, width: int, rows: dict[str, Tensor]) -> None:
+        wanted = {"state_bytes": budget, "feature_multiples": (1, 2, 4), "least_importance": 0.9}
+        found = allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update=wanted))
+        (layer,) = (index for index, heads in enumerate(found.linear_heads) if heads)
+        assert found.hybrid.for_layer(layer).feature_multiple == width
+        model = hybridize(donor(), found.hybrid)
+        assert mixers_of(model)[layer].config.features(8) == 8 * width
+        assert found.state_bytes == state_bytes(model)
+        assert budget - 4 * 32 < found.state_bytes <= budget or max(map(max, found.windows)) == 20
+
+    def test_widths_are_those_there_are(self, rows: dict[str, Tensor]) -> None:
+        with pytest.raises(ConfigError, match="feature_multiples"):
+            parse(AllocationConfig, {"feature_multiples": [3]})
+
     def test_moves_make_it_better(self, rows: dict[str, Tensor]) -> None:
         settings = SETTINGS.model_copy(update={"state_bytes": 1_500})
         plain = allocate(donor(), rows, HYBRID, settings)

@@ -15,6 +15,7 @@ from equipoise.models.allocation.choosing import (
     hull,
     improved,
     share_windows,
+    widest_heads,
     with_fewer_sinks,
 )
 
@@ -144,3 +145,23 @@ def test_costs() -> None:
 def test_heads(most: int, least_share: float, expected: list[tuple[int, ...]]) -> None:
     importance = [[0.0, 0.6, -0.2], [0.3, 0.0, 0.9]]
     assert chosen_heads(importance, most=most, least_share=least_share) == expected
+
+
+@pytest.mark.parametrize(
+    ("affordable", "expected"),
+    [
+        (800, (4, [(0,), (1,)])),  # both in need, as wide as there is
+        (799, (2, [(0,), (1,)])),
+        (200, (1, [(0,), (1,)])),
+        (199, (1, [(), (1,)])),  # one of them, the narrowest
+        (10, (1, [(), (1,)])),
+    ],
+)
+def test_the_widest_states_that_all_in_need_can_have(affordable: int, expected: object) -> None:
+    importance = [[0.5, 0.1], [0.0, 1.0]]
+    assert widest_heads(importance, {1: 100, 2: 200, 4: 400}, affordable, least_share=0.25) == expected
+
+
+def test_one_width_goes_to_as_many_heads_as_can_be_paid_for() -> None:
+    importance = [[0.5, 0.1], [0.3, 1.0]]
+    assert widest_heads(importance, {2: 200}, 500, least_share=0.25) == (2, [(0,), (1,)])

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from equipoise.config import AllocationConfig, ConfigError, HybridConfig
 from equipoise.models.allocation.choosing import (
     Costs,
-    chosen_heads,
     curve_of,
     even_windows,
     fewer_sinks,
     improved,
     share_windows,
+    widest_heads,
     with_fewer_sinks,
 )
 from equipoise.models.allocation.measuring import DonorDivergence
@@ -81,9 +81,9 @@ def allocate(
 
     Every head goes from the smallest window to full softmax by widenings, and the divergence's gradient along
     the way says what each of them restores (`DonorDivergence.worth`). The heads where most is restored beyond
-    even windows get a linear branch, as many as ``linear_share`` of the bytes pay for. What is left buys
-    windows, a token at a time where most is restored; in heads with a linear branch only the share counts
-    that it is not credited with. Heads are not independent, so the result is measured against the same
+    even windows get a linear branch, as many and as wide as ``linear_share`` of the bytes pay for. What is
+    left buys windows, a token at a time where most is restored; in heads with a linear branch only the share
+    counts that it is not credited with. Heads are not independent, so the result is measured against the same
     bytes shared evenly, and the better of the two is taken; ``fewer_sinks`` and ``moves`` improve it further.
 
     Args:
@@ -101,6 +101,8 @@ def allocate(
     """
     settings = settings or AllocationConfig()
     _check(hybrid)
+    for multiple in settings.feature_multiples:
+        _changed(hybrid, {"feature_multiple": multiple})
     elsewhere = None if settings.elsewhere is None else _changed(hybrid, settings.elsewhere)
     windows_only = hybrid.model_copy(update={"feature_map": None, "write_gate": "none", "gate": "fixed"})
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -149,6 +151,8 @@ def _allocate(
     seen: Callable[[int, int], None],
 ) -> Allocation:
     mixers = converted_mixers(model)
+    widths = sorted(settings.feature_multiples or (hybrid.feature_multiple,))
+    hybrid = hybrid.model_copy(update={"feature_multiple": widths[0]})  # what has to be paid for
     costs, count = _costs(mixers, hybrid, elsewhere), sum(mixer.kv_heads for mixer in mixers)
     sharing = [_sharing(mixer, hybrid) for mixer in mixers]
     means = [0 if elsewhere is None else mixer.heads // _sharing(mixer, elsewhere) for mixer in mixers]
@@ -171,12 +175,18 @@ def _allocate(
     )
     if max(map(max, importance)) <= 0:  # rows too short to look past even windows
         importance = [[sum(values) for values in row] for row in worth]
-    most = max(1, min(int(settings.linear_share * budget), budget - floor) // costs.head)
-    # heads that share a state are chosen together
-    chosen = chosen_heads(
+    head_bytes = {
+        width: linear_head_bytes(hybrid.model_copy(update={"feature_multiple": width}), mixers[0].head_dim)
+        for width in widths
+    }
+    width, chosen = widest_heads(
+        # heads that share a state are chosen together
         [_summed(row, by) for row, by in zip(importance, sharing, strict=True)],
-        most=most, least_share=settings.least_importance,
+        head_bytes, min(int(settings.linear_share * budget), budget - floor),
+        least_share=settings.least_importance,
     )  # fmt: skip
+    hybrid = hybrid.model_copy(update={"feature_multiple": width})
+    costs = _costs(mixers, hybrid, elsewhere)
     linear = costs.linear(chosen, means)
     heads = [
         [unit * by + i for unit in of for i in range(by)] for of, by in zip(chosen, sharing, strict=True)

@@ -234,3 +234,29 @@ def chosen_heads(
     bar = least_share * ranked[0][0]
     taken = [(layer, head) for value, layer, head in ranked[:most] if value > 0 and value >= bar]
     return [tuple(sorted(head for at, head in taken if at == layer)) for layer in range(len(importance))]
+
+
+def widest_heads(
+    importance: Sequence[Sequence[float]],
+    head_bytes: Mapping[int, int],
+    affordable: int,
+    *,
+    least_share: float,
+) -> tuple[int, list[tuple[int, ...]]]:
+    """The widest states that every head in need of one can have, and those heads by layer.
+
+    Args:
+        importance: as in `chosen_heads`.
+        head_bytes: of a state, by its width.
+        affordable: bytes for all of them; the most important head gets the narrowest state in any case.
+        least_share: as in `chosen_heads`.
+
+    Returns:
+        The narrowest, and as many heads as can be paid for, where not all can have one.
+    """
+    every = sum(map(len, importance))
+    needed = sum(map(len, chosen_heads(importance, most=every, least_share=least_share)))
+    fitting = [width for width, size in head_bytes.items() if needed * size <= affordable]
+    width = max(fitting, default=min(head_bytes))
+    most = max(1, affordable // head_bytes[width])
+    return width, chosen_heads(importance, most=most, least_share=least_share)

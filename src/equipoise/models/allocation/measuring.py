@@ -82,7 +82,7 @@ class DonorDivergence:
         each = [sinks] * len(self.mixers) if isinstance(sinks, int) else sinks
         for place, (mixer, window, own) in enumerate(zip(self.mixers, windows, each, strict=True)):
             kept = () if heads is None or softmax_share == 0 else heads[place]
-            modes.append(_mode(mixer, window, own, kept, softmax_share, self.model.device))
+            modes.append(windowed_mode(mixer, window, own, kept, softmax_share, self.model.device))
         total = 0.0
         with torch.no_grad():
             for place in range(self.batches):
@@ -164,10 +164,10 @@ def _path(windows: tuple[int | None, ...], share: Tensor) -> Blend:
     return Blend(windows, torch.cat([ends[0], share]) - torch.cat([share, ends[1]]))
 
 
-def _mode(
+def windowed_mode(
     mixer: HybridMixer, window: Windows, sinks: int, kept: Sequence[int], share: float, device: torch.device
 ) -> AttentionMode:
-    """Windows, and in the heads that are kept a share of full softmax."""
+    """Windows and sinks of a layer; query heads that are kept have a share of full softmax all the same."""
     if window is None:
         return SOFTMAX
     own = [window] * mixer.kv_heads if isinstance(window, int) else list(window)
