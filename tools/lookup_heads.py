@@ -29,7 +29,7 @@ from frontier_report import recall
 from frontier_texts import Setting, rows_of, scored
 from tables import heading, line, measure_or_print, over_seeds, write
 
-PLACES = (("source", 1024, 20), ("source", 2048, 68), ("docstrings", 1024, 20), ("docstrings", 2048, 68))
+PLACES = (("source", 2048, 68), ("docstrings", 2048, 68))
 SEEDS, ROWS, STEPS, STATES = (0, 1, 2), 8, 2, 4
 WAYS = {"everywhere": False, "where windows lose much": True}
 

@@ -57,7 +57,7 @@ class TestConvert:
             mixer.config.window for mixer in mixers_of(model)
         ]
         assert any(mixer.has_both for mixer in mixers_of(model))
-        assert "linear attention in heads" in done.stderr
+        assert "linear attention of 2 D features in heads" in done.stderr
         with torch.no_grad():
             assert model(torch.arange(3, 40)[None]).logits.isfinite().all()
 
@@ -120,7 +120,7 @@ def test_it_is_said_where_the_data_does_not_look_far() -> None:
         lines = described(found)
         assert any("hardly look past the windows" in line for line in lines) == expected
         assert lines[-3:] == [
-            "  layer 0: window 8, linear attention in heads 1", "  layer 1: windows 8 4",
+            "  layer 0: window 8, linear attention of 2 D features in heads 1", "  layer 1: windows 8 4",
             "  layer 2: window 8, states of 1 feature in all heads",
         ]  # fmt: skip
 

@@ -100,9 +100,10 @@ def described(allocation: Allocation) -> list[str]:
     ):
         own = allocation.hybrid.for_layer(index)
         sinks = f" + {own.sinks} sink{'s' * (own.sinks > 1)}" if own.sinks else ""
-        linear = f", linear attention in heads {', '.join(map(str, heads))}" if heads else ""
-        if not heads and own.feature_map is not None:
-            size = f"{own.feature_multiple} D" if own.feature_dim is None else str(own.feature_dim)
+        linear, size = "", f"{own.feature_multiple} D" if own.feature_dim is None else str(own.feature_dim)
+        if heads:
+            linear = f", linear attention of {size} features in heads {', '.join(map(str, heads))}"
+        elif own.feature_map is not None:
             linear = f", states of {size} feature{'s' * (size != '1')} in all heads"
         sizes = f"window {windows[0]}" if len(set(windows)) == 1 else f"windows {' '.join(map(str, windows))}"
         lines.append(f"  layer {index}: {sizes}{sinks}{linear}")
