@@ -76,12 +76,13 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
 
 
 def test_ablations_can_be_joined(frontier: Any) -> None:
-    joined = load_recipe(*frontier.settings_of("lookups+wider+next-token-3", DEMO))
+    joined = load_recipe(*frontier.settings_of("as-of-29+lookups+wider", DEMO))
     assert joined.hybrid is not None
     assert joined.finetune is not None
     assert joined.hybrid.feature_multiple == 4
-    assert joined.finetune.objectives["next-token"] == 3
-    assert frontier.changes_of("lookups+wider")["allocation"]["weigh_lookups"]
+    assert joined.finetune.objectives["next-token"] == 1
+    allocation = frontier.changes_of("as-of-29+lookups+wider")["allocation"]
+    assert (allocation["weigh_lookups"], allocation["linear_share"]) == (True, 0.125)
     assert frontier.changes_of("lookups+lolcats") is None
 
 

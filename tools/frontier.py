@@ -45,9 +45,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "frontier.jsonl"
 WINDOWS = RESULTS.with_name("frontier-windows.json")
 """Windows that a search found: it takes minutes, and every seed has the same."""
-MOVES, SHARE, SMALL = 400, 0.125, 24
-"""Measurements by which windows are improved, the rivals' and ours; share of bytes for linear branches; and
-budgets of so few tokens had twice the share before states had half of each value."""
+MOVES, SMALL = 400, 24
+"""Measurements by which windows are improved, the rivals' and ours; and budgets of so few tokens had twice
+the share of bytes for linear branches before states had half of each value."""
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 SINKS = 4
 """Of every window, to begin with."""
@@ -179,7 +179,7 @@ def shared_out(
     assert run.allocation is not None
     hybrid, head = run.hybrid, linear_head_bytes(run.hybrid, at.head_dim)
     bytes_, allocation = at.tokens * at.token_bytes, dict(allocation)
-    share = SHARE * allocation.pop("heads", 1)
+    share = allocation.pop("linear_share", run.allocation.linear_share) * allocation.pop("heads", 1)
     settings = run.allocation.model_copy(
         update={"state_bytes": bytes_, "linear_share": share, "moves": MOVES, **allocation}
     )
@@ -266,7 +266,8 @@ def made(
     if changes is not None:
         own = dict(changes.get("allocation", {}))
         if of_old:
-            own |= {"fewer_sinks": False, "heads": own.get("heads", 1) * (2 if at.tokens <= SMALL else 1)}
+            own = {**both(BEFORE, changes)["allocation"], "fewer_sinks": False}
+            own["heads"] = own.get("heads", 1) * (2 if at.tokens <= SMALL else 1)
         settings["hybrid"] = shared_out(at, settings["hybrid"], own, evenly=base == "even-windows")
     return converted(at, settings, recipe, seed, steps, console), None
 

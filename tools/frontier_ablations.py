@@ -32,9 +32,10 @@ COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
 ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
-LOOKUPS: Changes = {"allocation": {"weigh_lookups": True, "least_importance": 0.25}}
-WIDTHS: Changes = {"allocation": {"feature_multiples": (1, 2, 4), "heads": 1.12}}  # .14 of the bytes
-NARROW, WIDE = hybrid(feature_multiple=1), both(hybrid(feature_multiple=4), TWICE)
+ONE_WIDTH: Changes = {"allocation": {"feature_multiples": ()}}
+NARROW = both(ONE_WIDTH, hybrid(feature_multiple=1))
+WIDER = both(ONE_WIDTH, hybrid(feature_multiple=4))
+WIDE = both(WIDER, TWICE)
 PREDICTIONS = both(
     objectives("transfer", "output", "hybrid-output"),
     objectives("finetune", "distillation", "far-distillation"),
@@ -44,19 +45,23 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 """What it was until 2026-11-29."""
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
-NEXT_TOKEN_3: Changes = {"finetune": {"objectives": {
-    "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0,
-}}}  # fmt: skip
-"""Three times the weight on the next token: rivals have one other objective beside it, ours three."""
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
 FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
+AS_OF_29: Changes = both(
+    WITH_NEXT_TOKEN,
+    {"allocation": {
+        "linear_share": 0.125, "weigh_lookups": False, "least_importance": 0.1, "feature_multiples": (),
+    }},
+)  # fmt: skip
+"""What the recipe was until 2026-11-30: as many states of one width as an eighth of the bytes pays for."""
 BEFORE: Changes = both(
+    AS_OF_29,
     objectives("finetune", "distillation", "far-distillation", "far-reads"),
     hybrid(value_divisor=1),
     {"transfer": {"fit_scores": False}},
 )
-"""What the recipe was until 2026-11-29, 17:00; then it had four sinks in every layer, too."""
+"""What it was until 2026-11-29, 17:00; then it had four sinks in every layer, too."""
 
 ABLATIONS: Mapping[str, Changes] = {
     "equipoise": {},
@@ -68,13 +73,14 @@ ABLATIONS: Mapping[str, Changes] = {
     "whole-values": both(hybrid(value_divisor=1), TWICE),
     "quarter-values-wide": hybrid(value_divisor=4, feature_multiple=4),
     "two-heads": TWICE,
-    "few": {"allocation": {"heads": 0.64}},  # two states at 68 tokens, where the recipe has four
-    "single": {"allocation": {"heads": 0.36}},
-    "wide-single": both(hybrid(feature_multiple=4), {"allocation": {"heads": 0.64}}),
-    "lookups": LOOKUPS,
-    "widths": WIDTHS,
+    "few": both(ONE_WIDTH, {"allocation": {"linear_share": 0.08}}),
+    "single": both(ONE_WIDTH, {"allocation": {"linear_share": 0.045}}),
+    "wide-single": both(WIDER, {"allocation": {"linear_share": 0.08}}),
+    "lookups": {"allocation": {"weigh_lookups": True, "least_importance": 0.25}},
+    "mean-importance": {"allocation": {"weigh_lookups": False, "least_importance": 0.1}},
+    "one-width": ONE_WIDTH,
     "quarter-values": hybrid(value_divisor=4),
-    "wider": hybrid(feature_multiple=4),  # wide, in the recipe's share of bytes
+    "wider": WIDER,
     "state-per-query": hybrid(map_heads="query"),
     # writes, gates, states
     "linear-writes": hybrid(write_gate="per_token"),
@@ -92,7 +98,17 @@ ABLATIONS: Mapping[str, Changes] = {
     "hidden-states": objectives(
         "finetune", "distillation", "far-distillation", "far-reads", "next-token", "hidden-states"
     ),
-    "next-token-3": NEXT_TOKEN_3,
+    "next-token-1": WITH_NEXT_TOKEN,
+    "next-token-3": {
+        "finetune": {
+            "objectives": {
+                "distillation": 1.0,
+                "far-distillation": 1.0,
+                "far-reads": 1.0,
+                "next-token": 3.0,
+            }
+        }
+    },
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
     "predictions": both(
         objectives("transfer", "output", "hybrid-output"),
@@ -105,6 +121,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
+    "as-of-29": AS_OF_29,
     "with-next-token": WITH_NEXT_TOKEN,
     "narrow-with-next-token": both(NARROW, WITH_NEXT_TOKEN),
     "narrow-competing": both(NARROW, COMPETING),

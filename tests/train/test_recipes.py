@@ -146,11 +146,14 @@ class TestAgainstTheMethod:
         assert run.transfer is not None
         assert run.transfer.objectives == {"output": 1.0, "far-output": 1.0, "hybrid-output": 1.0}
         assert run.finetune is not None
-        names = ("distillation", "far-distillation", "far-reads", "next-token")
-        assert run.finetune.objectives == dict.fromkeys(names, 1.0)
+        assert run.finetune.objectives == {
+            "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0,
+        }  # fmt: skip
         assert (layer.map_heads, layer.value_divisor) == ("key_value", 2)
         assert run.transfer.fit_scores
         assert run.allocation.fewer_sinks
+        assert (run.allocation.weigh_lookups, run.allocation.least_importance) == (True, 0.25)
+        assert run.allocation.feature_multiples == (1, 2, 4)
         assert run.finetune.train_maps
         assert run.finetune.window_dropout is None
 
