@@ -28,7 +28,7 @@ CONFIGS = {
     "delta rule, windows by head": HybridConfig(
         window=5, head_windows=(5, 3), sinks=0, linear_heads=(0, 1), map_heads="key_value",
         feature_map="trilinear", feature_multiple=2, state_update="delta", value_divisor=2,
-        write_gate="quadratic", gate="per_token", layers="all",
+        write_gate="quadratic", gate="quadratic", layers="all",
     ),
     "means": HybridConfig(
         window=5, linear_heads=(0, 1, 2, 3), map_heads="key_value", feature_map="constant", feature_dim=1,

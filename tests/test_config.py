@@ -66,7 +66,7 @@ class TestFields:
             (HybridConfig, {"gate_value": float("nan")},
              "gate_value: Input should be a finite number; got nan."),
             (HybridConfig, {"gate": "fix"},
-             "gate: Input should be 'fixed', 'per_head' or 'per_token'; got 'fix'."),
+             "gate: Input should be 'fixed', 'per_head', 'per_token' or 'quadratic'; got 'fix'."),
             (HybridConfig, {"feature_multiple": 3}, "feature_multiple: Input should be 1, 2 or 4; got 3."),
             (HybridConfig, {"layers": "some"},
              "layers: Input should be 'global' or 'all', or Input should be a valid tuple; got 'some'."),

@@ -90,6 +90,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "competing": hybrid(mixing="competing"),
     "unfitted-scores": {"transfer": {"fit_scores": False}},
     "fixed-gate": hybrid(gate="fixed"),
+    "quadratic-gate": hybrid(gate="quadratic"),
     # where bytes go
     "even-windows": {},
     "four-sinks": {"allocation": {"fewer_sinks": False}},

@@ -82,7 +82,7 @@ DONORS = {
             Part("pairs", 80, 4, 1024),
             Part("pairs", 240, 2, 2048),
         ),
-        seed=1,
+        learning_rate=6e-3, embedding_learning_rate=3e-3, seed=1,
     ),
     "large": ResearchDonor(
         "stdlib",

@@ -23,8 +23,9 @@ class HybridConfig(Settings):
     """Mixing rule: convex (g SWA + (1-g) LA), competing (linear attention is one more key of the window's
     softmax, its score learned), calibrated (one denominator, linear weights times a learned factor) or shared
     (LoLCATs' single denominator)."""
-    gate: Literal["fixed", "per_head", "per_token"] = "fixed"
-    """The window's weight: a constant, learned per query head, or computed per head and token from q."""
+    gate: Literal["fixed", "per_head", "per_token", "quadratic"] = "fixed"
+    """The window's weight: a constant, learned per query head, or computed per head and token from q; by
+    per_token from q . w, by quadratic from q . w + q^2 . u, whose second part rotary embeddings can leave."""
     gate_value: float = Field(default=0.5, gt=0, lt=1)
     """The window's weight g (shared: gamma; competing, calibrated: sigmoid of linear attention's score), or
     where it starts when learned."""

@@ -104,6 +104,36 @@ def test_a_gate_per_token_starts_per_head_and_follows_q() -> None:
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-12)
 
 
+def test_a_quadratic_gate_sees_squares_of_q() -> None:
+    seen, built = inputs(), mixer(gate="quadratic", gate_value=0.3)
+    fixed = mixer(gate_value=0.3)
+    torch.testing.assert_close(built.hybrid(seen)[0], fixed.hybrid(seen)[0], rtol=0, atol=1e-6)
+    torch.nn.init.normal_(built.gate_weight)
+    torch.nn.init.normal_(built.gate_squares)
+    of_both = zip((seen.q, seen.q**2), (built.gate_weight, built.gate_squares), strict=True)
+    scores = sum(torch.einsum("bhtd,hd->bht", x, weight) for x, weight in of_both)
+    torch.testing.assert_close(built.gate(seen.q), (scores + built.gate_logit).sigmoid(), rtol=0, atol=1e-12)
+    built.hybrid(seen)[0].sum().backward()
+    assert built.gate_squares.grad.abs().sum() > 0
+
+
+def test_squares_that_turn_together_do_not_tell_positions_apart() -> None:
+    """One token at two positions: q turned by two rotary embeddings."""
+    built = mixer(gate="quadratic")
+    half = built.head_dim // 2
+    torch.nn.init.normal_(built.gate_squares)
+    built.gate_squares.data[:, half:] = built.gate_squares.data[:, :half]
+    q = inputs().q[:, :, :1]
+    gates = []
+    for position in (3, 700):
+        angle = position * 0.1 ** torch.arange(half, dtype=q.dtype)
+        first, second = q[..., :half], q[..., half:]
+        turned = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
+        gates.append(built.gate(torch.cat(turned, -1)))
+    torch.testing.assert_close(*gates, rtol=0, atol=1e-12)
+    assert gates[0].std() > 1e-3
+
+
 def test_modes() -> None:
     seen, built = inputs(), mixer(window=5)
     zero, _ = built.attend(seen, mode=AttentionMode("none"))

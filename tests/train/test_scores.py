@@ -110,6 +110,23 @@ def test_shares_are_the_donors_as_far_as_q_tells(own: dict[str, Any], kind: str)
             torch.testing.assert_close((donor - ours).sum(), ridge * bias[head, 0].data, rtol=1e-3, atol=1e-3)
 
 
+def test_squares_of_q_are_fitted_too() -> None:
+    """The gradient by their weights is 0 as well, and what is left to explain is less."""
+    given = inputs("plain")
+    linear, squared = (converted(**{**MEANS, "gate": gate}) for gate in ("per_token", "quadratic"))
+    errors = [fit_scores(model, given, batch_size=2) for model in (linear, squared)]
+    assert sum(float(of.mean()) for of in errors[1].values()) < sum(
+        float(of.mean()) for of in errors[0].values()
+    )
+    after = shares(squared, given, "plain")
+    for layer, mixer in enumerate(mixers_of(squared)):
+        for head in MEANS["linear_heads"]:
+            donor, ours, q = (of[head] for of in after[layer])
+            assert mixer.gate_squares is not None
+            ridge = scores.RIDGE * len(q) * mixer.gate_squares[head].data
+            torch.testing.assert_close(q.square().T @ (donor - ours), ridge, rtol=1e-3, atol=1e-3)
+
+
 def test_layers_without_scores_are_left_alone() -> None:
     plain: dict[str, Any] = {"mixing": "convex", "linear_heads": (0,)}
     model = converted(**plain, per_layer={0: MEANS})

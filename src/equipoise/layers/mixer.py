@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.config import ConfigError, HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS
+from equipoise.layers.read_gates import gate_scores
 from equipoise.layers.value_maps import NarrowValues
 from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
@@ -210,7 +211,10 @@ class HybridMixer(nn.Module):
             if (narrow := config.value_size(head_dim)) < head_dim:
                 self.phi_v = NarrowValues(self.linear_heads, self.states, head_dim, narrow)
         self.gate_logit = nn.Parameter(torch.empty(heads, 1)) if config.gate != "fixed" else None
-        self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.gate == "per_token" else None
+        looks = config.gate in ("per_token", "quadratic")
+        self.gate_weight = nn.Parameter(torch.empty(heads, head_dim)) if looks else None
+        squares = config.gate == "quadratic"
+        self.gate_squares = nn.Parameter(torch.empty(heads, head_dim)) if squares else None
         self.mode = AttentionMode()
         self.observer: Observer | None = None
         self.reset_parameters()
@@ -226,8 +230,9 @@ class HybridMixer(nn.Module):
                 phi.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
         if self.gate_logit is not None:
             self.gate_logit.fill_(_logit(self.config.gate_value))
-        if self.gate_weight is not None:  # every token starts at its head's weight
-            self.gate_weight.zero_()
+        for weight in (self.gate_weight, self.gate_squares):
+            if weight is not None:  # every token starts at its head's weight
+                weight.zero_()
 
     @property
     def has_both(self) -> bool:
@@ -241,7 +246,7 @@ class HybridMixer(nn.Module):
         return name is not None and not FEATURE_MAPS[name].looks_up
 
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
-        """The window's weight: a number, one per head [H, 1], or sigmoid(q . w + b) per token [B, H, T].
+        """The window's weight: a number, one per head [H, 1], or the sigmoid of `gate_scores`.
 
         For mixing rules that want a score (``competing``, ``calibrated``) it is that, without the sigmoid.
         """
@@ -251,10 +256,7 @@ class HybridMixer(nn.Module):
         squash = torch.clone if scored else torch.sigmoid
         if self.gate_weight is None:
             return squash(self.gate_logit)
-        with torch.autocast(q.device.type, enabled=False):
-            dtype = torch.promote_types(q.dtype, self.gate_weight.dtype)
-            products = (q.to(dtype) @ self.gate_weight.to(dtype)[..., None]).squeeze(-1)
-            return squash(products + self.gate_logit.to(dtype))
+        return squash(gate_scores(q, self.gate_logit, self.gate_weight, self.gate_squares))
 
     def attend(
         self,

@@ -162,12 +162,14 @@ def _start(mixer: HybridMixer, seen: Seen) -> Tensor:
     q, far, offset = (torch.cat(of, 1) for of in (seen.q, seen.far, seen.offset))
     if not q.shape[1]:  # no token sees beyond its window
         return far.new_zeros(len(far))
-    ones = torch.ones_like(q[..., :1])
-    given = ones if mixer.gate_weight is None else torch.cat([q, ones], -1)
+    seen_by = ((mixer.gate_weight, q), (mixer.gate_squares, q.square()))
+    weights = [(weight, given) for weight, given in seen_by if weight is not None]
+    given = torch.cat([*(given for _, given in weights), torch.ones_like(q[..., :1])], -1)
     found = logistic(given, far, offset)
-    mixer.gate_logit.copy_(found[:, -1:])
-    if mixer.gate_weight is not None:
-        mixer.gate_weight.copy_(found[:, :-1])
+    *parts, bias = found.split([*(weight.shape[-1] for weight, _ in weights), 1], -1)
+    mixer.gate_logit.copy_(bias)
+    for (weight, _), own in zip(weights, parts, strict=True):
+        weight.copy_(own)
     fitted = (torch.einsum("hnd,hd->hn", given, found) + offset).sigmoid()
     return (fitted - far).abs().mean(1)
 
