@@ -336,7 +336,8 @@ def run(
     keep: Annotated[Path | None, typer.Option(help="Save the model here as well.")] = None,
 ) -> None:
     """Make one model, score it, and append a line to the results for every split."""
-    at, splits = Setting(donor, length, tokens, tuned), [checked(of) for of in split.split(",")]
+    at = Setting(donor, length, tokens, tuned)
+    splits: list[Split] = [checked(of) for of in split.split(",")]
     model, mode = made(name, at, seed, steps, Console(stderr=True))
     if keep is not None:
         model.save_pretrained(keep)

@@ -95,8 +95,8 @@ def measure(path: Path, console: Console) -> None:
 
 def tables(found: list[dict[str, Any]]) -> Iterator[str]:
     """One table: the first states of the first draw, and what they are worth over all draws."""
-    shown = [f"beyond, full attention in {count}" for count in range(1, STATES + 1)]
-    yield from heading("donor", "length", "tokens", "importance", "states (share of the first)", *shown)
+    titles = [f"beyond, full attention in {count}" for count in range(1, STATES + 1)]
+    yield from heading("donor", "length", "tokens", "importance", "states (share of the first)", *titles)
     for name, length, tokens in PLACES:
         rows = [row for row in found if (row["name"], row["length"], row["tokens"]) == (name, length, tokens)]
         for way in WAYS if rows else ():
@@ -105,7 +105,8 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
                 f"{state} ({share:.2f})" for state, share in zip(first["states"], first["share"], strict=True)
             )
             recalls = np.array([row[way]["recall"] for row in rows])
-            yield line(name, str(length), str(tokens), way, states, *map(over_seeds, recalls.T))
+            shown = map(over_seeds, recalls.T) if len(rows) > 2 else (f"{of.mean():.3f}" for of in recalls.T)
+            yield line(name, str(length), str(tokens), way, states, *shown)
 
 
 if __name__ == "__main__":
