@@ -50,6 +50,7 @@ FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
 AS_OF_29: Changes = both(
     WITH_NEXT_TOKEN,
+    hybrid(gate="per_token"),
     {"allocation": {
         "linear_share": 0.125, "weigh_lookups": False, "least_importance": 0.1, "feature_multiples": (),
     }},
@@ -90,7 +91,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "competing": hybrid(mixing="competing"),
     "unfitted-scores": {"transfer": {"fit_scores": False}},
     "fixed-gate": hybrid(gate="fixed"),
-    "quadratic-gate": hybrid(gate="quadratic"),
+    "per-token-gate": hybrid(gate="per_token"),
     # where bytes go
     "even-windows": {},
     "four-sinks": {"allocation": {"fewer_sinks": False}},

@@ -139,7 +139,7 @@ class TestAgainstTheMethod:
         run = load_recipe("equipoise")
         layer = hybrid(run)
         assert (layer.window, layer.sinks, layer.mixing, layer.overlap) == (64, 4, "convex", True)
-        assert (layer.gate, layer.write_gate) == ("per_token", "quadratic")
+        assert (layer.gate, layer.write_gate) == ("quadratic", "quadratic")
         assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "trilinear", 2)
         assert run.allocation is not None
         assert run.allocation.state_bytes is None  # those of the windows
