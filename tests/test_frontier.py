@@ -72,7 +72,7 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
         for name in ("equipoise", "full-writes", "unit-maps")
     ]
     assert [of.write_gate for of in settings if of is not None] == ["quadratic", "none", "per_token"]
-    assert [of.features(32) for of in settings if of is not None] == [64, 64, 32]  # two unit heads for one
+    assert [of.features(32) for of in settings if of is not None] == [128, 128, 32]
 
 
 def test_ablations_can_be_joined(frontier: Any) -> None:

@@ -53,12 +53,14 @@ def test_table(lookups: Any) -> None:
 
     rows = [
         {
-            "name": "source", "length": 1024, "tokens": 20, "seed": seed,
+            "name": "source", "donor": "one", "length": 1024, "tokens": 20, "seed": seed,
             "everywhere": way("3.1", 0.5 + seed / 10), "where windows lose much": way("3.2", 0.8),
         }
         for seed in range(3)
     ]  # fmt: skip
-    shown = list(lookups.tables(rows))
-    assert len(shown) == 4
+    other = {**rows[0], "donor": "other"}
+    shown = list(lookups.tables([*rows, other]))
+    assert len(shown) == 6
+    assert shown[4].startswith("| source (other) | 1024 | 20 | everywhere | 3.1 (1.00), 0.0 (0.25) | 0.500 |")
     assert "everywhere | 3.1 (1.00), 0.0 (0.25) | 0.600 [" in shown[2]
     assert "3.2 (1.00), 0.0 (0.25) | 0.800 [0.800, 0.800] | 0.900" in shown[3]

@@ -186,26 +186,28 @@ def shared_out(
 
     def search() -> dict[str, Any]:
         found = allocate(loaded(at), measured_rows(at), hybrid, settings, batch_size=2 * at.rows).hybrid
-        own = {"feature_multiple": found.feature_multiple} if settings.feature_multiples else {}
+        own = {"feature_multiple": found.feature_multiple} if settings.narrower else {}
         return {"window": found.window, **own, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
     small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k != "value_divisor"}
     own = json.dumps([settings.linear_share, small], sort_keys=True)
     if settings.weigh_lookups:
         own += f", lookups from {settings.least_importance}"
-    if settings.feature_multiples:
-        own += f", of width {settings.feature_multiples}"
+    if settings.narrower:
+        own += ", or narrower"
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
     if evenly:
-        layers = [hybrid.model_copy(update=own) for own in found["per_layer"].values()]
+        width = {"feature_multiple": found.get("feature_multiple", hybrid.feature_multiple)}
+        layers = [hybrid.model_copy(update={**width, **own}) for own in found["per_layer"].values()]
         linear = sum(
             len(of.linear_heads or ()) * linear_head_bytes(of, at.head_dim) for of in layers if of.feature_map
         )
         window = (bytes_ - linear) // at.token_bytes - SINKS
         dropped = {"window": window, "sinks": SINKS, "head_windows": None}
         found = {
+            **found,
             "window": window,
             "per_layer": {layer: {**own, **dropped} for layer, own in found["per_layer"].items()},
         }
@@ -216,7 +218,8 @@ def settings_of(name: str, at: Setting, steps: int = STEPS) -> tuple[str, dict[s
     """Recipe and settings of a run that trains both branches."""
     of_old, name = name.endswith(OF_OLD), name.removesuffix(OF_OLD)
     changes = changes_of(name)
-    first = steps // FIRST.get(name, 4 if changes is None else 8)
+    own = [FIRST[of] for of in name.split("+") if of in FIRST]
+    first = steps // (own or [4 if changes is None else 8])[0]
     half = {"transfer": {"max_steps": first}, "finetune": {"max_steps": steps - first}}
     delta = changes is not None and "state_update" not in changes.get("hybrid", {})
     rates = DELTA_SCALE if delta else SCALE
@@ -268,7 +271,7 @@ def made(
         if of_old:
             own = {**both(BEFORE, changes)["allocation"], "fewer_sinks": False}
             own["heads"] = own.get("heads", 1) * (2 if at.tokens <= SMALL else 1)
-        settings["hybrid"] = shared_out(at, settings["hybrid"], own, evenly=base == "even-windows")
+        settings["hybrid"] = shared_out(at, settings["hybrid"], own, evenly="even-windows" in base.split("+"))
     return converted(at, settings, recipe, seed, steps, console), None
 
 

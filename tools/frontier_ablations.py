@@ -32,7 +32,7 @@ COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
 ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
-ONE_WIDTH: Changes = {"allocation": {"feature_multiples": ()}}
+ONE_WIDTH: Changes = both({"allocation": {"narrower": False}}, hybrid(feature_multiple=2))
 NARROW = both(ONE_WIDTH, hybrid(feature_multiple=1))
 WIDER = both(ONE_WIDTH, hybrid(feature_multiple=4))
 WIDE = both(WIDER, TWICE)
@@ -51,8 +51,9 @@ FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 AS_OF_29: Changes = both(
     WITH_NEXT_TOKEN,
     hybrid(gate="per_token"),
+    hybrid(feature_multiple=2),
     {"allocation": {
-        "linear_share": 0.125, "weigh_lookups": False, "least_importance": 0.1, "feature_multiples": (),
+        "linear_share": 0.125, "weigh_lookups": False, "least_importance": 0.1, "narrower": False,
     }},
 )  # fmt: skip
 """What the recipe was until 2026-11-30: as many states of one width as an eighth of the bytes pays for."""

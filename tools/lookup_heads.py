@@ -97,8 +97,10 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
     """One table: the first states of the first draw, and what they are worth over all draws."""
     titles = [f"beyond, full attention in {count}" for count in range(1, STATES + 1)]
     yield from heading("donor", "length", "tokens", "importance", "states (share of the first)", *titles)
-    for name, length, tokens in PLACES:
-        rows = [row for row in found if (row["name"], row["length"], row["tokens"]) == (name, length, tokens)]
+    kinds = {(row["name"], row["donor"], row["length"], row["tokens"]): None for row in found}
+    for name, donor, length, tokens in kinds:
+        same = (name, donor, length, tokens)
+        rows = [row for row in found if (row["name"], row["donor"], row["length"], row["tokens"]) == same]
         for way in WAYS if rows else ():
             first = rows[0][way]
             states = ", ".join(
@@ -106,7 +108,7 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
             )
             recalls = np.array([row[way]["recall"] for row in rows])
             shown = map(over_seeds, recalls.T) if len(rows) > 2 else (f"{of.mean():.3f}" for of in recalls.T)
-            yield line(name, str(length), str(tokens), way, states, *shown)
+            yield line(f"{name} ({donor})", str(length), str(tokens), way, states, *shown)
 
 
 if __name__ == "__main__":

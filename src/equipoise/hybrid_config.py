@@ -25,7 +25,7 @@ class HybridConfig(Settings):
     (LoLCATs' single denominator)."""
     gate: Literal["fixed", "per_head", "per_token", "quadratic"] = "fixed"
     """The window's weight: a constant, learned per query head, or computed per head and token from q; by
-    per_token from q . w, by quadratic from q . w + q^2 . u, whose second part rotary embeddings can leave."""
+    per_token from q . w, by quadratic from q . w + q^2 . u, which need not change as q is rotated."""
     gate_value: float = Field(default=0.5, gt=0, lt=1)
     """The window's weight g (shared: gamma; competing, calibrated: sigmoid of linear attention's score), or
     where it starts when learned."""
@@ -153,9 +153,9 @@ class AllocationConfig(Settings):
     weigh_lookups: bool = False
     """Whether what a head restores counts more where windows lose more: heads that look something up are told
     apart from those where a mean of the past would do."""
-    feature_multiples: tuple[Literal[1, 2, 4], ...] = ()
-    """Widths of the large states to choose from instead of hybrid.feature_multiple: the widest with which
-    every head that needs a state can be paid for, else the narrowest in as many as can."""
+    narrower: bool = False
+    """Whether large states may be narrower than hybrid.feature_multiple, so that every head that needs one
+    can be paid for; where not even the narrowest can be, as many as can have that."""
     elsewhere: dict[str, Any] | None = None
     """Settings of the linear branch in all heads of layers where no head needs a large one: a small state
     that stands for what the window leaves out. Null leaves those layers their window only."""

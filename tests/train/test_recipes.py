@@ -140,7 +140,7 @@ class TestAgainstTheMethod:
         layer = hybrid(run)
         assert (layer.window, layer.sinks, layer.mixing, layer.overlap) == (64, 4, "convex", True)
         assert (layer.gate, layer.write_gate) == ("quadratic", "quadratic")
-        assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "trilinear", 2)
+        assert (layer.state_update, layer.feature_map, layer.feature_multiple) == ("delta", "trilinear", 4)
         assert run.allocation is not None
         assert run.allocation.state_bytes is None  # those of the windows
         assert run.transfer is not None
@@ -153,7 +153,7 @@ class TestAgainstTheMethod:
         assert run.transfer.fit_scores
         assert run.allocation.fewer_sinks
         assert (run.allocation.weigh_lookups, run.allocation.least_importance) == (True, 0.25)
-        assert run.allocation.feature_multiples == (1, 2, 4)
+        assert run.allocation.narrower
         assert run.finetune.train_maps
         assert run.finetune.window_dropout is None
 

@@ -30,6 +30,7 @@ from equipoise.models.divergence import divergence, log_probabilities
 from equipoise.models.families import ConversionError
 from equipoise.ops.types import accumulation_dtype
 from equipoise.registry import Registry
+from equipoise.train.objectives import LEAST_LOST
 from equipoise.train.reads import Reads, donor_outputs, linear_inputs, reads_of
 
 DONOR, WINDOWED_DONOR = "donor", "windowed_donor"
@@ -138,7 +139,7 @@ def far_reads(predictions: Predictions) -> Tensor:
     let a state read wrongly wherever others know the answer; this asks each one by itself.
     """
     squares = predictions.astray.square() * (predictions.targets != IGNORED_LABEL)
-    weights = squares / squares.mean(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+    weights = squares / squares.mean(1, keepdim=True).clamp_min(LEAST_LOST)
     return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
 
 

@@ -62,17 +62,21 @@ class LayerTarget:
     def far_mean(self, per_token: Tensor) -> Tensor:
         """Mean of [B, H, T] over heads and tokens, these weighted by the square of `astray`, then over rows.
 
-        Every row counts alike: a mean over the tokens of a micro batch would depend on what shares it.
+        Rows count alike, but for those where windows lose next to nothing: a mean over the tokens of a micro
+        batch would depend on what shares it.
         """
         assert self.astray is not None
         weight = self.astray.to(per_token.dtype).square()
         if self.inputs.key_mask is not None:
             weight = weight.masked_fill(~self.inputs.key_mask, 0)
         total = (weight[:, None] * per_token).sum((1, 2))
-        of_rows = weight.sum(1).clamp_min(torch.finfo(per_token.dtype).tiny) * per_token.shape[1]
+        of_rows = weight.sum(1).clamp_min(LEAST_LOST * weight.shape[1]) * per_token.shape[1]
         return (total / of_rows).mean()
 
 
+LEAST_LOST = 1e-4
+"""Mean square of what windows lose in a row, in nats^2, below which the row counts less: else one without any
+lookup would weigh the rounding of its tokens as much as another its lookups."""
 Objective = Callable[[LayerTarget], Tensor]
 OBJECTIVES: Registry[Objective] = Registry("transfer objective")
 FAR_OBJECTIVES = frozenset({"far-output"})

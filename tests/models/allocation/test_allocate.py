@@ -278,8 +278,9 @@ class TestAllocate:
 
     @pytest.mark.parametrize(("budget", "width"), [(900, 1), (3_000, 4)])
     def test_widths_of_states(self, budget: int, width: int, rows: dict[str, Tensor]) -> None:
-        wanted = {"state_bytes": budget, "feature_multiples": (1, 2, 4), "least_importance": 0.9}
-        found = allocate(donor(), rows, HYBRID, SETTINGS.model_copy(update=wanted))
+        wanted = {"state_bytes": budget, "narrower": True, "least_importance": 0.9}
+        widest = HYBRID.model_copy(update={"feature_multiple": 4})
+        found = allocate(donor(), rows, widest, SETTINGS.model_copy(update=wanted))
         (layer,) = (index for index, heads in enumerate(found.linear_heads) if heads)
         assert found.hybrid.for_layer(layer).feature_multiple == width
         model = hybridize(donor(), found.hybrid)
@@ -287,9 +288,28 @@ class TestAllocate:
         assert found.state_bytes == state_bytes(model)
         assert budget - 4 * 32 < found.state_bytes <= budget or max(map(max, found.windows)) == 20
 
-    def test_widths_are_those_there_are(self, rows: dict[str, Tensor]) -> None:
-        with pytest.raises(ConfigError, match="feature_multiples"):
-            parse(AllocationConfig, {"feature_multiples": [3]})
+    def test_states_elsewhere_are_as_wide_as_was_paid_for(self, rows: dict[str, Tensor]) -> None:
+        wanted = {
+            "state_bytes": 12_000, "narrower": True, "least_importance": 0.9, "linear_share": 0.03,
+            "elsewhere": {"mixing": "competing"},
+        }  # fmt: skip
+        widest = HYBRID.model_copy(update={"feature_multiple": 4})
+        found = allocate(donor(), rows, widest, SETTINGS.model_copy(update=wanted))
+        (layer,) = (index for index, heads in enumerate(found.linear_heads) if heads)
+        multiples = [found.hybrid.for_layer(index).feature_multiple for index in (layer, 1 - layer)]
+        assert multiples == [1, 4]
+        assert found.state_bytes == state_bytes(hybridize(donor(), found.hybrid)) <= found.budget
+
+    @pytest.mark.parametrize("weigh_lookups", [False, True])
+    def test_rows_too_short_to_look_past_windows(self, weigh_lookups: bool, rows: dict[str, Tensor]) -> None:
+        """In float32, where a window as long as the text and full attention differ by rounding."""
+        plain = SETTINGS.model_copy(update={"state_bytes": 6_000, "least_importance": 0.3})
+        inputs = {"input_ids": rows["input_ids"][:, :12]}
+        model = donor().float()
+        found = allocate(model, inputs, HYBRID, plain.model_copy(update={"weigh_lookups": weigh_lookups}))
+        expected = allocate(model, inputs, HYBRID, plain)
+        assert found.linear_heads == expected.linear_heads
+        assert found.importance == expected.importance
 
     def test_moves_make_it_better(self, rows: dict[str, Tensor]) -> None:
         settings = SETTINGS.model_copy(update={"state_bytes": 1_500})

@@ -21,7 +21,7 @@ from equipoise.models.allocation.choosing import (
     widest_heads,
     with_fewer_sinks,
 )
-from equipoise.models.allocation.measuring import DonorDivergence
+from equipoise.models.allocation.measuring import NOTHING, DonorDivergence
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import KV_BYTES, linear_head_bytes
 from equipoise.models.surgery import hybridize, revert
@@ -30,6 +30,8 @@ STEPS = 6
 """Points of the path along which the worth of windows is integrated."""
 LOOKUP_STEPS = 2
 """And of the path that heads are chosen by where lookups are weighed: an order of heads wants no more."""
+WIDTHS = (1, 2, 4)
+"""Of states, in multiples of head_dim."""
 LADDER = 16
 """From this window on, sizes are measured between two doublings too."""
 
@@ -101,8 +103,9 @@ def allocate(
     """
     settings = settings or AllocationConfig()
     _check(hybrid)
-    for multiple in settings.feature_multiples:
-        _changed(hybrid, {"feature_multiple": multiple})
+    if settings.narrower and settings.elsewhere is not None:  # of these layers the width is not chosen
+        small = {"feature_multiple": hybrid.feature_multiple, **settings.elsewhere}
+        settings = settings.model_copy(update={"elsewhere": small})
     elsewhere = None if settings.elsewhere is None else _changed(hybrid, settings.elsewhere)
     windows_only = hybrid.model_copy(update={"feature_map": None, "write_gate": "none", "gate": "fixed"})
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -151,7 +154,8 @@ def _allocate(
     seen: Callable[[int, int], None],
 ) -> Allocation:
     mixers = converted_mixers(model)
-    widths = sorted(settings.feature_multiples or (hybrid.feature_multiple,))
+    widths = [of for of in WIDTHS if of < hybrid.feature_multiple] if settings.narrower else []
+    widths.append(hybrid.feature_multiple)
     hybrid = hybrid.model_copy(update={"feature_multiple": widths[0]})  # what has to be paid for
     costs, count = _costs(mixers, hybrid, elsewhere), sum(mixer.kv_heads for mixer in mixers)
     sharing = [_sharing(mixer, hybrid) for mixer in mixers]
@@ -173,16 +177,16 @@ def _allocate(
         if settings.weigh_lookups
         else [[_beyond(values, sizes, even) for values in row] for row in worth]
     )
-    if max(map(max, importance)) <= 0:  # rows too short to look past even windows
+    states = [_summed(row, by) for row, by in zip(importance, sharing, strict=True)]
+    if max(map(max, states)) <= NOTHING:  # rows too short to look past even windows
         importance = [[sum(values) for values in row] for row in worth]
+        states = [_summed(row, by) for row, by in zip(importance, sharing, strict=True)]
     head_bytes = {
         width: linear_head_bytes(hybrid.model_copy(update={"feature_multiple": width}), mixers[0].head_dim)
         for width in widths
     }
     width, chosen = widest_heads(
-        # heads that share a state are chosen together
-        [_summed(row, by) for row, by in zip(importance, sharing, strict=True)],
-        head_bytes, min(int(settings.linear_share * budget), budget - floor),
+        states, head_bytes, min(int(settings.linear_share * budget), budget - floor),
         least_share=settings.least_importance,
     )  # fmt: skip
     hybrid = hybrid.model_copy(update={"feature_multiple": width})

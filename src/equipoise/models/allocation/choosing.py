@@ -256,7 +256,7 @@ def widest_heads(
     """
     every = sum(map(len, importance))
     needed = sum(map(len, chosen_heads(importance, most=every, least_share=least_share)))
-    fitting = [width for width, size in head_bytes.items() if needed * size <= affordable]
+    fitting = [width for width, size in head_bytes.items() if 0 < needed * size <= affordable]
     width = max(fitting, default=min(head_bytes))
     most = max(1, affordable // head_bytes[width])
     return width, chosen_heads(importance, most=most, least_share=least_share)

@@ -21,6 +21,8 @@ from equipoise.models.divergence import divergence, log_probabilities
 SOFTMAX = AttentionMode("softmax")
 KEPT = 2**28
 """Bytes of the donor's predictions that are kept between measurements, on the model's device."""
+NOTHING = 1e-6
+"""Nats per token that are rounding: two ways to compute the same attention differ by as much."""
 Windows = int | Sequence[int] | None
 """Of a layer: tokens in all heads, or in each key/value head; None for full softmax."""
 Tick = Callable[[], None]
@@ -132,11 +134,11 @@ class DonorDivergence:
 
     @torch.no_grad()
     def _lost(self, windows: Sequence[int], sinks: int) -> list[Tensor]:
-        """By batch, what windows lose at each token [B, T - 1], over its mean; 1 where nothing is lost."""
+        """By batch, what windows lose at each token [B, T - 1], over its mean; all 1 if they lose nothing."""
         modes = [AttentionMode("swa", window=window, sinks=sinks) for window in windows]
         found = [self._divergence(place, modes) for place in range(self.batches)]
         mean = sum(float(of.double().sum()) for of in found) / self.tokens
-        return [of / mean if mean > 0 else torch.ones_like(of) for of in found]
+        return [of / mean if mean > NOTHING else torch.ones_like(of) for of in found]
 
     def _donor(self, batch: Mapping[str, Tensor], place: int) -> Tensor:
         if place in self.kept:
