@@ -171,10 +171,12 @@ class TestFigure:
 
         lines = [
             line("donor", 20, None, 2.0), line("equipoise", 20, None, 2.2), line("even", 20, 100, 2.5),
-            line("equipoise", 68, None, 2.1), line("moved-heads:next-token", 68, 500, 2.1, 300),
-            line("moved-heads:next-token", 68, 500, 2.1), line("an-ablation", 68, None, 9.0),
+            line("equipoise", 68, None, 2.1), line("moved-heads:next-token-3", 68, 500, 2.1, 300),
+            line("moved-heads:next-token-3", 68, 500, 2.1), line("an-ablation", 68, None, 9.0),
         ]  # fmt: skip
-        place.write_text("\n".join(lines) + "\n")
+        # of other weights: not drawn
+        older = [{**json.loads(one), "donor": "older", "bytes": 9, "reach": 900} for one in lines]
+        place.write_text("\n".join([*map(json.dumps, older), *lines]) + "\n")
         return place
 
     def test_budgets_of_a_run_are_one_line(self, tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ class TestFigure:
         place = self.results(tmp_path / "results.jsonl")
         found, donor, edge = figures.points(place, "source", 2048, "search", 600)
         assert {run: [size for size, _ in of] for run, of in found.items()} == {
-            "equipoise": [20 * 1024, 68 * 1024], "even": [20 * 1024], "moved-heads:next-token": [68 * 1024],
+            "equipoise": [20 * 1024, 68 * 1024], "even": [20 * 1024], "moved-heads:next-token-3": [68 * 1024],
         }  # fmt: skip
         assert len(donor) == 1
         assert edge == 500  # of any budget: beyond is one distance in one figure
@@ -200,6 +202,47 @@ class TestFigure:
         place = self.results(tmp_path / "results.jsonl")
         figures.main(length=2048, tuned=None, limit=None, donor=None, results=place, output=tmp_path)
         assert [path.name for path in tmp_path.glob("*.svg")] == ["frontier-source-2048.svg"]
+
+
+def test_a_split_that_is_none_is_refused_before_anything_trains(frontier: Any, tmp_path: Path) -> None:
+    place = tmp_path / "results.jsonl"
+    arguments = ["run", "even", "--split", "search,train", "--output", str(place)]
+    found = CliRunner().invoke(frontier.app, arguments)
+    assert found.exit_code == 2
+    assert "got 'train'" in " ".join(found.output.replace("\u2502", " ").split())
+    assert not place.exists()
+
+
+def test_every_split_gets_a_line(frontier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "made", lambda *_: (None, None))
+    monkeypatch.setattr(frontier, "score_run", lambda name, at, seed, split, *_: {"split": split})
+    monkeypatch.setattr(frontier.frontier_report, "report", lambda output: None)
+    place = tmp_path / "results.jsonl"
+    found = CliRunner().invoke(
+        frontier.app, ["run", "even", "--split", "search,test", "--output", str(place)]
+    )
+    assert found.exit_code == 0
+    assert [json.loads(text)["split"] for text in place.read_text().splitlines()] == ["search", "test"]
+
+
+def test_even_windows_leave_states_as_wide_as_they_were(
+    frontier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {
+        0: {"window": 40, "sinks": 0, "linear_heads": [1]},
+        1: {"window": 9, "sinks": 0, "feature_map": None},
+    }
+    found = {"window": 40, "feature_multiple": 1, "per_layer": own}
+    monkeypatch.setattr(frontier, "searched", lambda *_: found)
+    settings = frontier.settings_of("even-windows", DEMO)[1]["hybrid"]
+    shared = frontier.shared_out(DEMO, settings, {}, evenly=True)
+    assert shared["feature_multiple"] == 1
+    hybrid = load_recipe("equipoise", {"hybrid": shared, "allocation": None}).hybrid
+    assert hybrid is not None
+    layer = hybrid.for_layer(0)
+    assert (layer.features(32), layer.window) == (32, shared["window"])
+    state = 32 * layer.value_size(32) * 4
+    assert shared["window"] == (36 * DEMO.token_bytes - state) // DEMO.token_bytes - 4
 
 
 @pytest.mark.parametrize(

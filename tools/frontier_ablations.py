@@ -45,13 +45,13 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 """What it was until 2026-11-29."""
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
+NEXT_TOKEN_3 = {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0}
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
 FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
 AS_OF_29: Changes = both(
     WITH_NEXT_TOKEN,
-    hybrid(gate="per_token"),
-    hybrid(feature_multiple=2),
+    hybrid(gate="per_token", feature_multiple=2),
     {"allocation": {
         "linear_share": 0.125, "weigh_lookups": False, "least_importance": 0.1, "narrower": False,
     }},
@@ -78,6 +78,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "few": both(ONE_WIDTH, {"allocation": {"linear_share": 0.08}}),
     "single": both(ONE_WIDTH, {"allocation": {"linear_share": 0.045}}),
     "wide-single": both(WIDER, {"allocation": {"linear_share": 0.08}}),
+    # this, and next-token-3, are the recipe's own now: to be joined with as-of-29
     "lookups": {"allocation": {"weigh_lookups": True, "least_importance": 0.25}},
     "mean-importance": {"allocation": {"weigh_lookups": False, "least_importance": 0.1}},
     "one-width": ONE_WIDTH,
@@ -102,16 +103,7 @@ ABLATIONS: Mapping[str, Changes] = {
         "finetune", "distillation", "far-distillation", "far-reads", "next-token", "hidden-states"
     ),
     "next-token-1": WITH_NEXT_TOKEN,
-    "next-token-3": {
-        "finetune": {
-            "objectives": {
-                "distillation": 1.0,
-                "far-distillation": 1.0,
-                "far-reads": 1.0,
-                "next-token": 3.0,
-            }
-        }
-    },
+    "next-token-3": {"finetune": {"objectives": NEXT_TOKEN_3}},
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
     "predictions": both(
         objectives("transfer", "output", "hybrid-output"),

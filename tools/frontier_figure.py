@@ -8,6 +8,7 @@ of them, or ``--limit``. Text is what a run loses to the donor, paired by text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,7 @@ from frontier_report import Bounds, Entry, farthest, interval, read, recall
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, FIGURES = DOCS / "results" / "frontier.jsonl", DOCS / "figures"
 RUNS = {
-    "equipoise": "equipoise", "moved-heads:next-token": "windows by head, tuned",
+    "equipoise": "equipoise", "moved-heads:next-token-3": "windows by head, tuned",
     "even:next-token": "windows, tuned", "heavy-hitters": "heavy hitters", "lolcats": "LoLCATs",
     "hedgecats": "HedgeCATs", "ssd": "SSD", "even": "windows",
 }  # fmt: skip
@@ -39,13 +40,15 @@ def points(
 ) -> tuple[Points, list[Entry], int]:
     """Runs of one donor's budgets, the donor's own entries, and how far any control reaches.
 
+    Machines train donors of one name and different weights: the last one that has results is drawn.
     A run of any other number of steps than ``steps``, or trained on texts of another length than ``tuned``
     (None: ``length``), is left out, unless nothing of it is trained.
     """
     found: Points = {}
     donor, edge = list[Entry](), 0
-    for (of, _, tokens_long, part, _), runs in read(results).items():
-        if (of, tokens_long, part) != (name, length, split):
+    latest = _latest(results, name, length, split)
+    for (of, weights, tokens_long, part, _), runs in read(results).items():
+        if (of, weights, tokens_long, part) != (name, latest, length, split):
             continue
         edge = max(edge, farthest(runs))
         for (run, *how), entries in runs.items():
@@ -57,6 +60,17 @@ def points(
     for of_run in found.values():
         of_run.sort(key=lambda point: point[0])
     return found, donor, edge
+
+
+def _latest(results: Path, name: str, length: int, split: str) -> str | None:
+    """Digest of the weights that the last entry is of."""
+    entries = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    digests = [
+        entry["donor"]
+        for entry in entries
+        if (entry.get("name", "demo"), entry.get("length", 512), entry["split"]) == (name, length, split)
+    ]
+    return digests[-1] if digests else None
 
 
 def draw(found: Points, donor: Sequence[Entry], edge: int, length: int) -> Figure:

@@ -151,6 +151,11 @@ def test_far_output_counts_tokens_by_their_weight() -> None:
     torch.testing.assert_close(OBJECTIVES["far-output"](even), OBJECTIVES["output"](whole))
     nothing = OBJECTIVES["far-output"](replace(layer, astray=torch.zeros_like(astray)))
     assert nothing == 0  # windows are enough everywhere
+    # a row where windows lose 0.001 nats everywhere has nothing to look up: it weighs a hundredth of one
+    little = torch.full_like(astray, 1e-3)
+    assert OBJECTIVES["far-output"](replace(whole, astray=little)).item() == pytest.approx(
+        OBJECTIVES["output"](whole).item() / 100
+    )
     assert weighted_sum({"far-output": 1.0, "output": 1.0}).is_far
     assert not weighted_sum({"output": 1.0}).is_far
 

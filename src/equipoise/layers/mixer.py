@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.config import ConfigError, HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS
-from equipoise.layers.read_gates import gate_scores
+from equipoise.layers.gate_scores import gate_scores
 from equipoise.layers.value_maps import NarrowValues
 from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
@@ -246,7 +246,7 @@ class HybridMixer(nn.Module):
         return name is not None and not FEATURE_MAPS[name].looks_up
 
     def gate(self, q: Float[Tensor, "B H T D"]) -> float | Tensor:
-        """The window's weight: a number, one per head [H, 1], or the sigmoid of `gate_scores`.
+        """The window's weight: a number, one per head [H, 1], or the sigmoid of b + `gate_scores`.
 
         For mixing rules that want a score (``competing``, ``calibrated``) it is that, without the sigmoid.
         """
@@ -256,7 +256,10 @@ class HybridMixer(nn.Module):
         squash = torch.clone if scored else torch.sigmoid
         if self.gate_weight is None:
             return squash(self.gate_logit)
-        return squash(gate_scores(q, self.gate_logit, self.gate_weight, self.gate_squares))
+        with torch.autocast(q.device.type, enabled=False):
+            q = q.to(torch.promote_types(q.dtype, self.gate_weight.dtype))
+            scores = gate_scores(q, self.gate_weight, self.gate_squares)
+            return squash(scores + self.gate_logit.to(q.dtype))
 
     def attend(
         self,

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.layers.feature_maps import FeatureMap
+from equipoise.layers.gate_scores import gate_scores
 
 
 class WriteGate(nn.Module):
@@ -39,14 +40,7 @@ class WriteGate(nn.Module):
 
     def products(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t"]:
         """k . w, or k . w + k^2 . u."""
-        scores = self._product(x, self.write_weight)
-        return (
-            scores if self.write_squares is None else scores + self._product(x.square(), self.write_squares)
-        )
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        by_input = weight.to(x.dtype).view(x.shape[1], self.heads // x.shape[1], -1)
-        return torch.einsum("bhtd,hgd->bhgt", x, by_input).flatten(1, 2)
+        return gate_scores(x, self.write_weight, self.write_squares)
 
     def forward(self, x: Float[Tensor, "B heads t D"]) -> Float[Tensor, "B maps t F"]:
         """Map and gate a block, shapes as in `FeatureMap.forward`."""

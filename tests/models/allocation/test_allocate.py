@@ -288,6 +288,12 @@ class TestAllocate:
         assert found.state_bytes == state_bytes(model)
         assert budget - 4 * 32 < found.state_bytes <= budget or max(map(max, found.windows)) == 20
 
+    def test_a_dimension_given_in_numbers_is_no_width_to_choose(self, rows: dict[str, Tensor]) -> None:
+        given = HYBRID.model_copy(update={"feature_dim": 6})
+        plain = allocate(donor(), rows, given, SETTINGS)
+        found = allocate(donor(), rows, given, SETTINGS.model_copy(update={"narrower": True}))
+        assert found.hybrid == plain.hybrid
+
     def test_states_elsewhere_are_as_wide_as_was_paid_for(self, rows: dict[str, Tensor]) -> None:
         wanted = {
             "state_bytes": 12_000, "narrower": True, "least_importance": 0.9, "linear_share": 0.03,

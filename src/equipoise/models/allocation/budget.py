@@ -15,21 +15,17 @@ from equipoise.models.allocation.choosing import (
     Costs,
     curve_of,
     even_windows,
-    fewer_sinks,
     improved,
     share_windows,
     widest_heads,
     with_fewer_sinks,
 )
-from equipoise.models.allocation.measuring import NOTHING, DonorDivergence
+from equipoise.models.allocation.measured import Measured
+from equipoise.models.allocation.measuring import NOTHING
 from equipoise.models.branches import converted_mixers
 from equipoise.models.layout import KV_BYTES, linear_head_bytes
 from equipoise.models.surgery import hybridize, revert
 
-STEPS = 6
-"""Points of the path along which the worth of windows is integrated."""
-LOOKUP_STEPS = 2
-"""And of the path that heads are chosen by where lookups are weighed: an order of heads wants no more."""
 WIDTHS = (1, 2, 4)
 """Of states, in multiples of head_dim."""
 LADDER = 16
@@ -154,8 +150,7 @@ def _allocate(
     seen: Callable[[int, int], None],
 ) -> Allocation:
     mixers = converted_mixers(model)
-    widths = [of for of in WIDTHS if of < hybrid.feature_multiple] if settings.narrower else []
-    widths.append(hybrid.feature_multiple)
+    widths = _widths(hybrid, settings)
     hybrid = hybrid.model_copy(update={"feature_multiple": widths[0]})  # what has to be paid for
     costs, count = _costs(mixers, hybrid, elsewhere), sum(mixer.kv_heads for mixer in mixers)
     sharing = [_sharing(mixer, hybrid) for mixer in mixers]
@@ -168,19 +163,11 @@ def _allocate(
             f"{settings.smallest_window} + {hybrid.sinks} tokens in {len(mixers)} layers, and one linear "
             f"branch), got {budget:,}: raise --state-bytes, or lower hybrid.feature_multiple."
         )
-    measured = _Measured(model, inputs, hybrid.sinks, settings, batch_size, seen)
+    measured = Measured(model, inputs, hybrid.sinks, settings, batch_size, seen)
     sizes = _sizes(settings.smallest_window, inputs["input_ids"].shape[1], budget // costs.token)
     worth = measured.worth(sizes)
     even = _tokens_left(budget, costs, count) // count
-    importance = (
-        measured.beyond(even)
-        if settings.weigh_lookups
-        else [[_beyond(values, sizes, even) for values in row] for row in worth]
-    )
-    states = [_summed(row, by) for row, by in zip(importance, sharing, strict=True)]
-    if max(map(max, states)) <= NOTHING:  # rows too short to look past even windows
-        importance = [[sum(values) for values in row] for row in worth]
-        states = [_summed(row, by) for row, by in zip(importance, sharing, strict=True)]
+    importance, states = _importance(measured, worth, sizes, even, sharing, settings.weigh_lookups)
     head_bytes = {
         width: linear_head_bytes(hybrid.model_copy(update={"feature_multiple": width}), mixers[0].head_dim)
         for width in widths
@@ -219,8 +206,37 @@ def _allocate(
     )  # fmt: skip
 
 
+def _widths(hybrid: HybridConfig, settings: AllocationConfig) -> list[int]:
+    """Of large states, as multiples of head_dim, the narrowest first."""
+    narrower = settings.narrower and hybrid.feature_dim is None
+    return [of for of in WIDTHS if narrower and of < hybrid.feature_multiple] + [hybrid.feature_multiple]
+
+
+def _importance(
+    measured: Measured,
+    worth: Sequence[Sequence[Sequence[float]]],
+    sizes: Sequence[int],
+    even: int,
+    sharing: Sequence[int],
+    weigh_lookups: bool,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """What full attention restores beyond even windows, by layer: of query heads, and of those of a state."""
+
+    def of_states(importance: list[list[float]]) -> list[list[float]]:
+        return [_summed(row, by) for row, by in zip(importance, sharing, strict=True)]
+
+    importance = (
+        measured.beyond(even)
+        if weigh_lookups
+        else [[_beyond(values, sizes, even) for values in row] for row in worth]
+    )
+    if max(map(max, of_states(importance))) <= NOTHING:  # rows too short to look past even windows
+        importance = [[sum(values) for values in row] for row in worth]
+    return importance, of_states(importance)
+
+
 def _improved(
-    measured: _Measured,
+    measured: Measured,
     shapes: Mapping[str, list[list[int]]],
     heads: Sequence[Sequence[int]],
     settings: AllocationConfig,
@@ -316,60 +332,6 @@ def _by_key_head(
 def _by_layer(mixers: Sequence[Any], windows: Sequence[int]) -> list[list[int]]:
     left = iter(windows)
     return [[next(left) for _ in range(mixer.kv_heads)] for mixer in mixers]
-
-
-class _Measured:
-    """Measurements, and how many of their batches are done; a pass with gradients counts for three."""
-
-    def __init__(
-        self,
-        model: Any,
-        inputs: Mapping[str, Tensor],
-        sinks: int,
-        settings: AllocationConfig,
-        batch_size: int,
-        seen: Callable[[int, int], None],
-    ) -> None:
-        self.done, self.weight, self.seen, self.sinks = 0, 1, seen, sinks
-        self.credit, moves = settings.linear_credit, settings.moves
-        self.donor = DonorDivergence(model, inputs, batch_size=batch_size, tick=self._tick)
-        sinking = 0
-        if settings.fewer_sinks:  # at most: what changes nothing is not measured
-            counts = len(fewer_sinks(sinks))
-            sinking = 2 + counts + (counts + 1) * len(self.donor.mixers)
-        lookups = 3 * LOOKUP_STEPS if settings.weigh_lookups else 0
-        self.total = (3 * STEPS + lookups + 2 + sinking + (moves and moves + 1)) * self.donor.batches
-
-    def _tick(self) -> None:
-        self.done += self.weight
-        self.seen(self.done, self.total)
-
-    def worth(self, sizes: Sequence[int]) -> list[list[list[float]]]:
-        return self._by_layer(self._integrated(sizes, steps=STEPS))
-
-    def beyond(self, window: int) -> list[list[float]]:
-        """What full attention restores beyond a window in every head, by layer, lookups weighed."""
-        found = self._integrated([window], steps=LOOKUP_STEPS, weigh_lookups=True)
-        return self._by_layer(found.squeeze(-1))
-
-    def _integrated(self, sizes: Sequence[int], **more: Any) -> Tensor:
-        self.weight = 3
-        found = self.donor.worth(sizes, sinks=self.sinks, **more)
-        self.weight = 1
-        return found
-
-    def _by_layer(self, found: Tensor) -> list[Any]:
-        # a tensor has as many heads as the widest layer
-        return [row[: mixer.heads].tolist() for row, mixer in zip(found, self.donor.mixers, strict=True)]
-
-    def windows(
-        self,
-        windows: Sequence[Sequence[int]],
-        heads: Sequence[Sequence[int]],
-        sinks: Sequence[int] | None = None,
-    ) -> float:
-        own = self.sinks if sinks is None else sinks
-        return self.donor.windowed(windows, sinks=own, heads=heads, softmax_share=self.credit)
 
 
 def _by_index(
