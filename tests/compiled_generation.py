@@ -27,7 +27,7 @@ CONFIGS = {
     # what layers of the recipe `equipoise` are
     "delta rule, windows by head": HybridConfig(
         window=5, head_windows=(5, 3), sinks=0, linear_heads=(0, 1), map_heads="key_value",
-        feature_map="trilinear", feature_multiple=2, state_update="delta", value_divisor=2,
+        feature_map="trilinear", feature_multiple=2, state_update="delta", value_divisor=2, rotary="undone",
         write_gate="quadratic", gate="quadratic", layers="all",
     ),
     "means": HybridConfig(

@@ -44,14 +44,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None},
     "olmo2": {},
     "granite": {},
-    "gpt_neox": {},
+    "gpt_neox": {"num_key_value_heads": None},  # as many as query heads, as in gpt2
     "gpt_oss": {
         "num_hidden_layers": 3, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
         "experts_implementation": "eager",
     },
-    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": 48},
+    "gpt2": {
+        "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": 48, "num_key_value_heads": None,
+    },
     "cohere2": {
         "num_hidden_layers": 3, "sliding_window": 6, "logit_scale": 1.0,
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -113,6 +115,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 SINGLE_HEADS: dict[str, Any] = {
     "window": 5, "head_windows": (5, 2), "sinks": 2, "linear_heads": (1, 3), "gate": "per_token",
     "write_gate": "per_token", "feature_map": "unit", "feature_multiple": 1, "state_update": "delta",
+    "rotary": "undone",
 }  # fmt: skip
 """What the recipe `equipoise` makes of a layer with 4 query and 2 key/value heads."""
 

@@ -189,7 +189,8 @@ def shared_out(
         own = {"feature_multiple": found.feature_multiple} if settings.narrower else {}
         return {"window": found.window, **own, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
-    small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k != "value_divisor"}
+    unasked = ("value_divisor", "rotary")  # of large states; they change nothing that is measured
+    small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k not in unasked}
     own = json.dumps([settings.linear_share, small], sort_keys=True)
     if settings.weigh_lookups:
         own += f", lookups from {settings.least_importance}"
@@ -198,6 +199,9 @@ def shared_out(
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
+    for own in found["per_layer"].values():  # found before there was the setting
+        if own.get("state_update") == "additive":
+            own.setdefault("rotary", "kept")
     if evenly:
         width = {"feature_multiple": found.get("feature_multiple", hybrid.feature_multiple)}
         layers = [hybrid.model_copy(update={**width, **own}) for own in found["per_layer"].values()]

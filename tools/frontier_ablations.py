@@ -29,7 +29,9 @@ def objectives(stage: str, *names: str, **more: Any) -> Changes:
 
 
 COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
-ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
+ADDITIVE = hybrid(
+    state_update="additive", feature_map="hedgehog-joint", write_gate="per_token", rotary="kept"
+)
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
 ONE_WIDTH: Changes = both({"allocation": {"narrower": False}}, hybrid(feature_multiple=2))
@@ -51,7 +53,7 @@ FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 
 AS_OF_29: Changes = both(
     WITH_NEXT_TOKEN,
-    hybrid(gate="per_token", feature_multiple=2),
+    hybrid(gate="per_token", feature_multiple=2, rotary="kept"),
     {"allocation": {
         "linear_share": 0.125, "weigh_lookups": False, "least_importance": 0.1, "narrower": False,
     }},
@@ -82,6 +84,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "lookups": {"allocation": {"weigh_lookups": True, "least_importance": 0.25}},
     "mean-importance": {"allocation": {"weigh_lookups": False, "least_importance": 0.1}},
     "one-width": ONE_WIDTH,
+    "twice-share": {"allocation": {"linear_share": 0.28}},
     "quarter-values": hybrid(value_divisor=4),
     "wider": WIDER,
     "state-per-query": hybrid(map_heads="query"),
@@ -94,6 +97,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "unfitted-scores": {"transfer": {"fit_scores": False}},
     "fixed-gate": hybrid(gate="fixed"),
     "per-token-gate": hybrid(gate="per_token"),
+    "rotated": hybrid(rotary="kept"),
     # where bytes go
     "even-windows": {},
     "four-sinks": {"allocation": {"fewer_sinks": False}},

@@ -15,6 +15,10 @@ from equipoise.models.families import SUPPORTED
 from support import FAMILIES, random_tokens, tiny_model
 
 CONFIG = HybridConfig(window=5, gate="per_head", gate_value=0.3)
+DELTA = HybridConfig(
+    window=5, feature_map="trilinear", state_update="delta", rotary="undone", gate="quadratic",
+    write_gate="quadratic", value_divisor=2, map_heads="key_value",
+)  # fmt: skip
 DISJOINT = HybridConfig(window=5, mixing="shared", overlap=False, sinks=2, layout="terraced", layers="all")
 
 
@@ -38,7 +42,7 @@ def decoded(model: Any, tokens: torch.Tensor, prefill: int, **extra: Any) -> tor
     return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("config", [CONFIG, DISJOINT], ids=["convex", "shared"])
+@pytest.mark.parametrize("config", [CONFIG, DISJOINT, DELTA], ids=["convex", "shared", "delta"])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_decoding_equals_the_full_forward(family: str, config: HybridConfig) -> None:
     tokens = random_tokens(2, 26)
@@ -49,7 +53,7 @@ def test_decoding_equals_the_full_forward(family: str, config: HybridConfig) -> 
     assert full.std() > 0.1
 
 
-@pytest.mark.parametrize("config", [CONFIG, DISJOINT], ids=["convex", "shared"])
+@pytest.mark.parametrize("config", [CONFIG, DISJOINT, DELTA], ids=["convex", "shared", "delta"])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_padded_batches_equal_single_rows(family: str, config: HybridConfig) -> None:
     model = hybridize(tiny_model(family, dtype=torch.float64), config)

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from equipoise.layers.cache import CacheError, HybridCache, HybridCacheLayer
 from equipoise.layers.mixer import AttentionMode, HybridMixer, LayerInputs
+from equipoise.layers.rotary import Rotation
 from equipoise.layers.softmax import donor_attention
 from equipoise.ops import segment_ids_from_cu_seqlens
 
@@ -48,6 +49,7 @@ def equipoise_attention(
     segment_ids: Tensor | None = None,
     s_aux: Tensor | None = None,
     equipoise_cache: Cache | None = None,
+    equipoise_rotary: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it: [B, H, T, D] in, [B, T, H, E] out.
@@ -62,20 +64,21 @@ def equipoise_attention(
         segment_ids = segment_ids.expand(query.shape[0], -1)
     mixer = mixer_of(module)
     layer = _cache_layer(equipoise_cache, module)
+    rotation: Rotation | None = None
+    if mixer is not None and mixer.rotary is not None and equipoise_rotary is not None:
+        rotation = Rotation(*equipoise_rotary, mixer.rotary)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if mixer is None or mixer.mode.kind == "softmax":
-        if isinstance(layer, HybridCacheLayer):
-            raise CacheError(
-                "this cache was made for the hybrid and holds no past keys for softmax attention; "
-                "make the cache inside the `branches` block that uses it."
-            )
-        mask = _last(attention_mask, key.shape[2])
-        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window, s_aux)
-        out = donor_attention(inputs)
-    else:
-        mask = _last(attention_mask, query.shape[2])
-        inputs = LayerInputs(query, key, value, scale, softcap, mask, segment_ids, sliding_window, s_aux)
-        out = _converted(mixer, inputs, layer)
+    own = mixer is not None and mixer.mode.kind != "softmax"
+    if not own and isinstance(layer, HybridCacheLayer):
+        raise CacheError(
+            "this cache was made for the hybrid and holds no past keys for softmax attention; "
+            "make the cache inside the `branches` block that uses it."
+        )
+    mask = _last(attention_mask, (query if own else key).shape[2])
+    inputs = LayerInputs(
+        query, key, value, scale, softcap, mask, segment_ids, sliding_window, s_aux, rotation
+    )
+    out = _converted(mixer, inputs, layer) if mixer is not None and own else donor_attention(inputs)
     if mixer is not None and mixer.observer is not None:
         mixer.observer(mixer, inputs, out)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
@@ -172,8 +175,12 @@ AttentionMaskInterface.register(ATTENTION, equipoise_mask)
 def pass_cache(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Pre-hook of self_attn: the cache travels on through **kwargs (GPT-NeoX still calls it layer_past)."""
+    """Pre-hook of self_attn: the cache and the rotary embedding travel on through **kwargs.
+
+    GPT-NeoX still calls the cache layer_past.
+    """
     kwargs["equipoise_cache"] = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    kwargs["equipoise_rotary"] = kwargs.get("position_embeddings")
     return args, kwargs
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from equipoise.config import ConfigError, HybridConfig
 from equipoise.layers.feature_maps import FEATURE_MAPS
 from equipoise.layers.gate_scores import gate_scores
+from equipoise.layers.inputs import LayerInputs as LayerInputs
+from equipoise.layers.rotary import RotaryLayout
 from equipoise.layers.value_maps import NarrowValues
 from equipoise.layers.write_gates import WriteGate, WriteStrength
 from equipoise.ops import MIXING_RULES, AttentionState, Branches, hybrid_attention, window_attention
@@ -24,6 +26,7 @@ from equipoise.ops.eviction import Eviction, evicting_attention
 from equipoise.ops.head_subset import heads_of, read_by, subset_attention
 from equipoise.ops.head_windows import head_windows_attention
 from equipoise.ops.mix import SCORED_RULES
+from equipoise.ops.types import accumulation_dtype
 
 SINKS_STATE_KEYS = 8
 """Keys that the ``sinks`` ablation leaves: the first eight (arXiv 2510.05901)."""
@@ -123,39 +126,6 @@ def _for_rows(branches: Branches | None, rows: int) -> Branches | None:
     return Branches(repeated(branches.window), repeated(branches.linear), branches.reading)
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """What one layer's attention received: the donor's view of it, handed to observers.
-
-    Attributes:
-        q, k, v: after rotary embedding; k and v of S tokens, the last T of them new (S > T only where a layer
-            with softmax attention reads its cache).
-        scale, softcap: of the donor's scores.
-        key_mask: real tokens; None when all are.
-        segment_ids: packed sequences; None when there is one.
-        sliding_window: the donor's own window in this layer, None for full attention.
-        sink_logits: the donor's learned score per head of attending to nothing; None where it has none.
-    """
-
-    q: Float[Tensor, "B H T D"]
-    k: Float[Tensor, "B N S D"]
-    v: Float[Tensor, "B N S E"]
-    scale: float
-    softcap: float | None = None
-    key_mask: Bool[Tensor, "B S"] | None = None
-    segment_ids: Int[Tensor, "B T"] | None = None
-    sliding_window: int | None = None
-    sink_logits: Float[Tensor, " H"] | None = None
-
-    def detach(self) -> LayerInputs:
-        """The same, cut from the graph."""
-        return LayerInputs(
-            self.q.detach(), self.k.detach(), self.v.detach(), self.scale, self.softcap,
-            self.key_mask, self.segment_ids, self.sliding_window,
-            None if self.sink_logits is None else self.sink_logits.detach(),
-        )  # fmt: skip
-
-
 Observer = Callable[["HybridMixer", LayerInputs, Tensor], None]
 """Called with a layer's mixer, its inputs and its attention output [B, H, T, E]."""
 
@@ -167,18 +137,27 @@ class HybridMixer(nn.Module):
         config: what to compute.
         heads, kv_heads, head_dim: H, N, D of the layer.
         layer_idx: index of the layer in the model.
+        rotary: how the layer rotates q and k; None where it does not.
 
     Raises:
         UnknownNameError: no such feature map or mixing rule.
     """
 
     def __init__(
-        self, config: HybridConfig, *, heads: int, kv_heads: int, head_dim: int, layer_idx: int
+        self,
+        config: HybridConfig,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        layer_idx: int,
+        rotary: RotaryLayout | None = None,
     ) -> None:
         super().__init__()
         MIXING_RULES[config.mixing]
         self.config, self.layer_idx = config, layer_idx
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.rotary = rotary if config.rotary == "undone" else None
         self.phi_q: nn.Module | None = None
         self.phi_k: nn.Module | None = None
         self.phi_v: NarrowValues | None = None
@@ -346,6 +325,16 @@ class HybridMixer(nn.Module):
         sinks = None if inputs.sink_logits is None else inputs.sink_logits[list(heads)]
         return replace(inputs, q=q, k=k, v=v, sink_logits=sinks)
 
+    def features(self, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+        """phi(q) [B, h, T, F] and phi(k) [B, M, T, F] of the linear heads, in the precision of sums."""
+        assert self.phi_q is not None
+        assert self.phi_k is not None
+        dtype = accumulation_dtype(inputs.q.dtype)
+        wide = replace(inputs, q=inputs.q.to(dtype), k=inputs.k.to(dtype))
+        seen = self.linear_inputs(wide).before_rotary()
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            return self.phi_q(seen.q), self.phi_k(seen.k)
+
     def hybrid(
         self,
         inputs: LayerInputs,
@@ -368,7 +357,7 @@ class HybridMixer(nn.Module):
         head_windows = config.head_windows if window is None else None
         window = config.window if window is None else window
         common: dict[str, Any] = {
-            "gate": self.gate(inputs.q), "scale": inputs.scale,
+            "gate": self.gate(inputs.before_rotary().q), "scale": inputs.scale,
             "softcap": inputs.softcap, "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
             "branches": _for_rows(branches, inputs.q.shape[0]), "sinks": config.sinks,
             # of softmax's denominator: linear attention alone has none that it could join
@@ -377,6 +366,8 @@ class HybridMixer(nn.Module):
         }  # fmt: skip
         if state is None and not keep_state and window is not None and _window_alone(branches):
             phi_q = phi_k = linear_heads = common["branches"] = None  # nothing else is computed
+        elif inputs.rotation is not None and isinstance(phi_q, nn.Module):
+            phi_q, phi_k = self.features(inputs)
         value_maps = None if self.phi_v is None else self.phi_v.maps
         if head_windows is not None:
             return head_windows_attention(

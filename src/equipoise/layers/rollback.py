@@ -31,6 +31,7 @@ def part_of(inputs: LayerInputs, start: int, stop: int | None) -> LayerInputs:
         inputs, q=inputs.q[:, :, rows], k=inputs.k[:, :, rows], v=inputs.v[:, :, rows],
         key_mask=None if inputs.key_mask is None else inputs.key_mask[:, rows],
         segment_ids=None if inputs.segment_ids is None else inputs.segment_ids[:, rows],
+        rotation=None if inputs.rotation is None else inputs.rotation.map(lambda t: t[:, rows]),
     )  # fmt: skip
 
 
@@ -77,7 +78,9 @@ class Past:
         """Remember what is being read."""
         # copies: views of a call's projections would keep all of them
         k, v = inputs.k.detach().clone(), inputs.v.detach().clone()
-        part = replace(inputs, q=_blank(inputs.q, len(k)), k=k, v=v, sink_logits=None)
+        # of every row: rows are selected, and one may stand for all
+        rotation = inputs.rotation and inputs.rotation.map(lambda t: t.expand(len(k), -1, -1))
+        part = replace(inputs, q=_blank(inputs.q, len(k)), k=k, v=v, sink_logits=None, rotation=rotation)
         self.checkpoints[-1].parts.append(part)
 
     def back(self, count: int, advance: Advance) -> AttentionState | None:
@@ -109,6 +112,8 @@ class Past:
         for checkpoint in self.checkpoints:
             held += [] if checkpoint.state is None else checkpoint.state.tensors()
             held += [t for part in checkpoint.parts for t in (part.k, part.v)]
+            turned = [part.rotation for part in checkpoint.parts if part.rotation is not None]
+            held += [t for rotation in turned for t in (rotation.cos, rotation.sin)]
         return held
 
 
@@ -118,6 +123,7 @@ def _mapped(inputs: LayerInputs, function: Callable[[Tensor], Tensor]) -> LayerI
         inputs, q=_blank(inputs.q.to(k.device), len(k)), k=k, v=function(inputs.v),
         key_mask=None if inputs.key_mask is None else function(inputs.key_mask),
         segment_ids=None if inputs.segment_ids is None else function(inputs.segment_ids),
+        rotation=inputs.rotation and inputs.rotation.map(function),
     )  # fmt: skip
 
 

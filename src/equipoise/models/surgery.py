@@ -10,9 +10,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from equipoise._register import PREFIX
 from equipoise.config import HybridConfig
 from equipoise.layers.interface import ATTENTION, mixer_of, mixers_of, pass_cache, prepare_decoder
 from equipoise.layers.mixer import HybridMixer
+from equipoise.layers.rotary import layout_of
 from equipoise.models.adapters import unload_lora
 from equipoise.models.branches import branches
 from equipoise.models.families import ConversionError, ParityError, check_family
@@ -97,7 +99,8 @@ def make_mixer(
     parameter = next(module.parameters())
     heads, kv_heads, size = head_sizes(text, module)
     own = config.for_layer(index)
-    mixer = HybridMixer(own, heads=heads, kv_heads=kv_heads, head_dim=size, layer_idx=index)
+    rotary = layout_of(module, text.model_type.removeprefix(PREFIX))
+    mixer = HybridMixer(own, heads=heads, kv_heads=kv_heads, head_dim=size, layer_idx=index, rotary=rotary)
     mixer.reset_parameters(seed)
     return mixer.to(device or parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 

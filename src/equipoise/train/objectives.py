@@ -40,11 +40,7 @@ class LayerTarget:
     @cached_property
     def features(self) -> tuple[Tensor, Tensor]:
         """phi(q), phi(k), computed once for all objectives of a sum."""
-        assert self.mixer.phi_q is not None
-        assert self.mixer.phi_k is not None
-        inputs = self.mixer.linear_inputs(self.inputs)
-        dtype = accumulation_dtype(inputs.q.dtype)
-        return self.mixer.phi_q(inputs.q.to(dtype)), self.mixer.phi_k(inputs.k.to(dtype))
+        return self.mixer.features(self.inputs)
 
     def hybrid(self, branches: Branches) -> Tensor:
         """The mixer's own output in a branch state [B, H, T, E]."""
