@@ -199,9 +199,8 @@ def shared_out(
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
-    for own in found["per_layer"].values():  # found before there was the setting
-        if own.get("state_update") == "additive":
-            own.setdefault("rotary", "kept")
+    for own in found["per_layer"].values():  # which are found once for either
+        own["rotary"] = hybrid.rotary
     if evenly:
         width = {"feature_multiple": found.get("feature_multiple", hybrid.feature_multiple)}
         layers = [hybrid.model_copy(update={**width, **own}) for own in found["per_layer"].values()]
@@ -223,7 +222,7 @@ def settings_of(name: str, at: Setting, steps: int = STEPS) -> tuple[str, dict[s
     of_old, name = name.endswith(OF_OLD), name.removesuffix(OF_OLD)
     changes = changes_of(name)
     own = [FIRST[of] for of in name.split("+") if of in FIRST]
-    first = steps // (own or [4 if changes is None else 8])[0]
+    first = steps // (own or [4 if changes is None else 8 if of_old else 20])[0]
     half = {"transfer": {"max_steps": first}, "finetune": {"max_steps": steps - first}}
     delta = changes is not None and "state_update" not in changes.get("hybrid", {})
     rates = DELTA_SCALE if delta else SCALE

@@ -29,9 +29,7 @@ def objectives(stage: str, *names: str, **more: Any) -> Changes:
 
 
 COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
-ADDITIVE = hybrid(
-    state_update="additive", feature_map="hedgehog-joint", write_gate="per_token", rotary="kept"
-)
+ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
 ONE_WIDTH: Changes = both({"allocation": {"narrower": False}}, hybrid(feature_multiple=2))
@@ -117,6 +115,7 @@ ABLATIONS: Mapping[str, Changes] = {
         objectives("transfer", "output", "hybrid-output"),
         objectives("finetune", "distillation", "next-token"),
     ),
+    "long-first": {},
     "maps-frozen": {"finetune": {"train_maps": False}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
@@ -145,5 +144,5 @@ def changes_of(name: str) -> Changes | None:
     return both(*(ABLATIONS[of] for of in names)) if all(of in ABLATIONS for of in names) else None
 
 
-FIRST: Mapping[str, int] = {"dpfp-predictions-far-output-half": 2}
-"""Steps over those of stage 1, where that is not 8 for ours and 4 for published recipes."""
+FIRST: Mapping[str, int] = {"as-of-29": 8, "long-first": 8, "dpfp-predictions-far-output-half": 2}
+"""Steps over those of stage 1, where that is not 20 for ours and 4 for published recipes."""

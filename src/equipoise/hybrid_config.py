@@ -58,8 +58,8 @@ class HybridConfig(Settings):
     trilinear, dpfp or unit."""
     rotary: Literal["kept", "undone"] = "kept"
     """What feature maps and gates see: q and k as attention gets them, rotated by position, or with that
-    undone, where a token is the same wherever it stands. undone needs state_update delta; the same as kept
-    where a layer has no rotary embedding."""
+    undone, where a token is the same wherever it stands. undone needs overlap true; the same as kept where a
+    layer has no rotary embedding."""
     value_divisor: Literal[1, 2, 4] = 1
     """A state of the delta rule keeps head_dim divided by this of each value, by a learned projection: the
     same bytes hold more features, and so more keys. delta alone."""
@@ -114,10 +114,10 @@ class HybridConfig(Settings):
             raise ValueError(
                 f"value_divisor {self.value_divisor} needs state_update delta, got {self.state_update}"
             )
-        if self.rotary == "undone" and self.state_update != "delta" and self.feature_map is not None:
+        if self.rotary == "undone" and not self.overlap and self.feature_map is not None:
             raise ValueError(
-                f"rotary undone needs state_update delta, got {self.state_update}, whose state takes keys in "
-                "as attention got them: set rotary to kept"
+                "rotary undone needs overlap true: else states take keys in when they leave the window, and "
+                "their angles are not known any more"
             )
         if self.state_update == "additive" or self.feature_map is None:
             return self

@@ -76,22 +76,31 @@ def test_the_inverse_is_exact_with_rounded_angles_and_a_factor(pairs: Any, angle
     torch.testing.assert_close(got, x, rtol=0, atol=1e-12)
 
 
-def test_a_hybrid_reads_the_same_at_any_place_and_another_one_does_not() -> None:
+MEANS = HybridConfig(
+    window=5, feature_map="constant", feature_dim=1, mixing="calibrated", gate="per_token",
+    write_gate="per_token", rotary="undone",
+)  # fmt: skip
+HEDGEHOG = HybridConfig(window=5, gate="per_token", rotary="undone")
+
+
+@pytest.mark.parametrize("config", [DELTA, MEANS, HEDGEHOG], ids=["delta", "means", "hedgehog"])
+def test_a_hybrid_reads_the_same_at_any_place_and_another_one_does_not(config: HybridConfig) -> None:
     tokens = random_tokens(2, 20)
     for rotary, equal in (("undone", True), ("kept", False)):
         model: Any = hybridize(
-            tiny_model("llama", dtype=torch.float64), DELTA.model_copy(update={"rotary": rotary})
+            tiny_model("llama", dtype=torch.float64), config.model_copy(update={"rotary": rotary})
         )
         mixer = model.get_decoder().layers[0].self_attn.hybrid
         with torch.no_grad():  # gates that see something
-            for weight in (mixer.gate_weight, mixer.gate_squares, mixer.phi_k.write_weight):
-                weight.copy_(normal(*weight.shape))
+            for name, weight in mixer.named_parameters():
+                if name.endswith(("gate_weight", "gate_squares", "write_weight")):
+                    weight.copy_(normal(*weight.shape))
             logits = [
                 model(tokens, use_cache=False, position_ids=torch.arange(20)[None] + start).logits
                 for start in (0, 300)
             ]
         moved = float((logits[0] - logits[1]).abs().max())  # angles are of float32
-        assert moved < 1e-4 if equal else moved > 1
+        assert moved < 1e-3 if equal else moved > 0.1
 
 
 def test_one_row_of_positions_stands_for_all_rows_that_a_cache_selects() -> None:
@@ -109,12 +118,12 @@ def test_one_row_of_positions_stands_for_all_rows_that_a_cache_selects() -> None
     torch.testing.assert_close(rest.flip(0), whole[:, 14:], rtol=0, atol=1e-9)
 
 
-def test_additive_states_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="rotary undone needs state_update delta, got additive.*set rotary to kept"
-    ):
-        HybridConfig(rotary="undone")
-    HybridConfig(rotary="undone", feature_map=None)  # a layer of the same model with its window only
+def test_states_that_lag_behind_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rotary undone needs overlap true"):
+        HybridConfig(rotary="undone", overlap=False)
+    HybridConfig(
+        rotary="undone", overlap=False, feature_map=None
+    )  # a layer of the same model with its window only
 
 
 def test_other_inputs_have_nothing_to_undo() -> None:

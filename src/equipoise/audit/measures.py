@@ -232,10 +232,10 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
         # the delta rule has no weights on keys
         if mixer.phi_q is None or mixer.phi_k is None or mixer.config.state_update == "delta":
             return
-        gate = torch.as_tensor(mixer.gate(inputs.q), dtype=torch.double, device=inputs.q.device)
+        gate = torch.as_tensor(mixer.gate(inputs.before_rotary().q), dtype=torch.double).to(inputs.q.device)
         gate = mixer.of_linear_heads(gate.expand(*inputs.q.shape[:3]))
-        inputs = mixer.linear_inputs(inputs)
-        phi_q, phi_k = mixer.phi_q(inputs.q.double()), _clean(mixer.phi_k(inputs.k.double()), inputs)
+        phi_q, phi_k = mixer.features(replace(inputs, q=inputs.q.double(), k=inputs.k.double()))
+        phi_k, inputs = _clean(phi_k, inputs), mixer.linear_inputs(inputs)
         _add_ranks(totals, mixer, inputs, rows, phi_k)
         mass, entropy = _zeros(inputs), _zeros(inputs)
         eligible = torch.zeros_like(real)

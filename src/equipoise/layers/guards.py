@@ -46,10 +46,8 @@ class NumericalGuard:
         # the delta rule has no denominators, and its features are of length 1
         if mixer.phi_q is None or mixer.phi_k is None or mixer.config.state_update == "delta":
             return
-        seen = mixer.linear_inputs(inputs)
+        seen, (phi_q, phi_k) = mixer.linear_inputs(inputs), mixer.features(inputs)
         dtype = accumulation_dtype(seen.q.dtype)
-        with torch.autocast(seen.q.device.type, enabled=False):
-            phi_q, phi_k = mixer.phi_q(seen.q.to(dtype)), mixer.phi_k(seen.k.to(dtype))
         lag = 0 if mixer.config.overlap or mixer.config.window is None else mixer.config.window
         features = features_past(phi_q, seen.q.dtype) + features_past(phi_k, seen.q.dtype)
         vanishing, lost, mass = 0, 0.0, 0.0

@@ -87,12 +87,16 @@ def donor_outputs(model: nn.Module) -> Generator[dict[int, Tensor]]:
 
 @contextmanager
 def linear_inputs(model: nn.Module) -> Generator[dict[int, LayerInputs]]:
-    """What the layers asked get in the hybrid's own pass, by layer, with gradients."""
+    """What the layers asked get in the hybrid's own pass, by layer, without gradients.
+
+    So that maps alone learn to read: q, k and v answer to predictions, and with gradients from reads adapters
+    learned those in place of text (docs/research/02).
+    """
     asked, found = set(reading_mixers(model)), dict[int, LayerInputs]()
 
     def observer(mixer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
         if mixer in asked:
-            found.setdefault(mixer.layer_idx, inputs)
+            found.setdefault(mixer.layer_idx, inputs.detach())
 
     with observe(model, observer, also=True):
         yield found

@@ -104,6 +104,7 @@ def _row(given: LayerInputs, row: int) -> LayerInputs:
     return replace(
         given, q=own(given.q), k=own(given.k), v=own(given.v), key_mask=own(given.key_mask),
         segment_ids=own(given.segment_ids),
+        rotation=given.rotation and given.rotation.map(lambda t: t[min(row, len(t) - 1)][None]),
     )  # fmt: skip
 
 
@@ -124,7 +125,8 @@ def _look_at(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, seen: Seen)
     if mixer.config.mixing == "calibrated":  # which counts a score for every key
         offset = offset + _log_normaliser(mixer, given, chosen, earlier)
     kept = real & torch.isfinite(outside).any(0)  # the first tokens see nothing beyond a window
-    for found, values in ((seen.q, q), (seen.far, (outside - inside).sigmoid()), (seen.offset, offset)):
+    asking = given.before_rotary().q[0, :, chosen].to(dtype)
+    for found, values in ((seen.q, asking), (seen.far, (outside - inside).sigmoid()), (seen.offset, offset)):
         found.append(values[:, kept].cpu().double())
 
 
@@ -147,10 +149,8 @@ def _masks(mixer: HybridMixer, given: LayerInputs, chosen: Tensor) -> tuple[Tens
 
 def _log_normaliser(mixer: HybridMixer, given: LayerInputs, chosen: Tensor, earlier: Tensor) -> Tensor:
     """log of phi(q) . z at each token [H, n]; 0 for heads without a linear branch."""
-    assert mixer.phi_q is not None
-    assert mixer.phi_k is not None
-    linear, dtype = mixer.linear_inputs(given), next(mixer.parameters()).dtype
-    phi_q, phi_k = mixer.phi_q(linear.q[:, :, chosen].to(dtype)), mixer.phi_k(linear.k.to(dtype))
+    phi_q, phi_k = mixer.features(given)
+    phi_q = phi_q[:, :, chosen]
     phi_k = phi_k.repeat_interleave(phi_q.shape[1] // phi_k.shape[1], 1)
     sums = (phi_q @ phi_k.mT).masked_fill(~earlier, 0).sum(-1)
     return torch.nan_to_num(mixer.on_all_heads(sums.log()))[0]
