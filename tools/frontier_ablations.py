@@ -116,7 +116,10 @@ ABLATIONS: Mapping[str, Changes] = {
         objectives("finetune", "distillation", "next-token"),
     ),
     "long-first": {},
-    "maps-frozen": {"finetune": {"train_maps": False}},
+    "twentieth-first": {},
+    "maps-frozen": objectives(  # reads teach nothing else
+        "finetune", "distillation", "far-distillation", "next-token", train_maps=False
+    ),
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,
@@ -144,5 +147,7 @@ def changes_of(name: str) -> Changes | None:
     return both(*(ABLATIONS[of] for of in names)) if all(of in ABLATIONS for of in names) else None
 
 
-FIRST: Mapping[str, int] = {"as-of-29": 8, "long-first": 8, "dpfp-predictions-far-output-half": 2}
-"""Steps over those of stage 1, where that is not 20 for ours and 4 for published recipes."""
+FIRST: Mapping[str, int] = {
+    "as-of-29": 8, "long-first": 8, "twentieth-first": 20, "dpfp-predictions-far-output-half": 2,
+}  # fmt: skip
+"""Steps over those of stage 1, where that is not 60 for ours and 4 for published recipes."""

@@ -345,6 +345,12 @@ class TestSettings:
         with pytest.raises(ConfigError, match=r"far-reads compares .* Set hybrid\.feature_map"):
             check_names(run)
 
+    def test_far_reads_needs_maps_that_train(self, recipe: Any) -> None:
+        stage = {"objectives": {"distillation": 1.0, "far-reads": 1.0}}
+        with pytest.raises(ConfigError, match=r"far-reads teaches feature maps .*train_maps is false"):
+            check_names(recipe(finetune=stage))
+        check_names(recipe(finetune={**stage, "train_maps": True}))
+
     def test_far_reads_of_windows_alone(self, hybrid: Any, recipe: Any) -> None:
         model, tokens = hybrid(recipe(hybrid={"feature_map": None})), random_tokens(1, 12)
         with pytest.raises(ConversionError, match="far-reads compares what linear branches read"):

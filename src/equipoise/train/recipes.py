@@ -67,6 +67,11 @@ def check_names(run: RunConfig) -> None:
                 f"finetune.objectives: {', '.join(reading)} compares what linear branches read, and this "
                 "hybrid has none. Set hybrid.feature_map, or take far-distillation."
             )
+        if reading and not run.finetune.train_maps:
+            raise ConfigError(
+                f"finetune.objectives: {', '.join(reading)} teaches feature maps and nothing else, and "
+                "finetune.train_maps is false. Set it to true, or leave the objective out."
+            )
         needed = {need for name in run.finetune.objectives for need in FINETUNE_OBJECTIVES[name].needs}
         if WINDOWED_DONOR in needed and (run.hybrid is None or run.hybrid.window is None):
             raise ConfigError(
