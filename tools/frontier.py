@@ -189,8 +189,7 @@ def shared_out(
         own = {"feature_multiple": found.feature_multiple} if settings.narrower else {}
         return {"window": found.window, **own, "per_layer": found.model_dump(mode="json")["per_layer"]}
 
-    unasked = ("value_divisor", "rotary")  # of large states; they change nothing that is measured
-    small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k not in unasked}
+    small = settings.elsewhere and {k: v for k, v in settings.elsewhere.items() if k != "value_divisor"}
     own = json.dumps([settings.linear_share, small], sort_keys=True)
     if settings.weigh_lookups:
         own += f", lookups from {settings.least_importance}"
@@ -199,8 +198,8 @@ def shared_out(
     sinks = ", sinks measured" if settings.fewer_sinks else ""
     shared = ", one state a key/value head" if at.heads > at.kv_heads and hybrid.map_heads != "query" else ""
     found = searched(at, f"{bytes_} bytes, {head} a linear head{shared}, {own}{sinks}", search)
-    for own in found["per_layer"].values():  # which are found once for either
-        own["rotary"] = hybrid.rotary
+    for layer in found["per_layer"].values():  # windows are found once for either
+        layer["rotary"] = hybrid.rotary
     if evenly:
         width = {"feature_multiple": found.get("feature_multiple", hybrid.feature_multiple)}
         layers = [hybrid.model_copy(update={**width, **own}) for own in found["per_layer"].values()]

@@ -149,8 +149,8 @@ class TestAgainstTheMethod:
         assert run.finetune.objectives == {
             "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0,
         }  # fmt: skip
-        assert (layer.map_heads, layer.value_divisor) == ("key_value", 2)
-        assert run.transfer.fit_scores
+        assert (layer.map_heads, layer.value_divisor, layer.rotary) == ("key_value", 2, "undone")
+        assert (run.transfer.fit_scores, run.transfer.epochs, run.finetune.epochs) == (True, 0.02, 1)
         assert run.allocation.fewer_sinks
         assert (run.allocation.weigh_lookups, run.allocation.least_importance) == (True, 0.25)
         assert run.allocation.narrower

@@ -232,7 +232,8 @@ def _hybrid_observer(totals: _Totals, rows: Sequence[int]) -> Observer:
         # the delta rule has no weights on keys
         if mixer.phi_q is None or mixer.phi_k is None or mixer.config.state_update == "delta":
             return
-        gate = torch.as_tensor(mixer.gate(inputs.before_rotary().q), dtype=torch.double).to(inputs.q.device)
+        gate = mixer.gate(inputs.before_rotary().q)
+        gate = torch.as_tensor(gate, dtype=torch.double, device=inputs.q.device)
         gate = mixer.of_linear_heads(gate.expand(*inputs.q.shape[:3]))
         phi_q, phi_k = mixer.features(replace(inputs, q=inputs.q.double(), k=inputs.k.double()))
         phi_k, inputs = _clean(phi_k, inputs), mixer.linear_inputs(inputs)

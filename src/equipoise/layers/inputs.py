@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equipoise.layers.rotary import Rotation
+from equipoise.ops.types import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class LayerInputs:
         return replace(self, q=q, k=k, v=v, sink_logits=sinks)
 
     def before_rotary(self) -> LayerInputs:
-        """With q and k as they were before rotary embedding; the same where `rotation` is None."""
+        """With q and k as they were before rotary embedding, in the precision of sums.
+
+        The same inputs where `rotation` is None.
+        """
         if self.rotation is None:
             return self
-        undone = self.rotation.undone
-        return replace(self, q=undone(self.q), k=undone(self.k), rotation=None)
+        dtype = accumulation_dtype(self.q.dtype)
+        q, k = (self.rotation.undone(x.to(dtype)) for x in (self.q, self.k))
+        return replace(self, q=q, k=k, rotation=None)

@@ -68,17 +68,17 @@ def equipoise_attention(
     if mixer is not None and mixer.rotary is not None and equipoise_rotary is not None:
         rotation = Rotation(*equipoise_rotary, mixer.rotary)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    own = mixer is not None and mixer.mode.kind != "softmax"
-    if not own and isinstance(layer, HybridCacheLayer):
+    hybrid = None if mixer is None or mixer.mode.kind == "softmax" else mixer
+    if hybrid is None and isinstance(layer, HybridCacheLayer):
         raise CacheError(
             "this cache was made for the hybrid and holds no past keys for softmax attention; "
             "make the cache inside the `branches` block that uses it."
         )
-    mask = _last(attention_mask, (query if own else key).shape[2])
+    mask = _last(attention_mask, (key if hybrid is None else query).shape[2])
     inputs = LayerInputs(
         query, key, value, scale, softcap, mask, segment_ids, sliding_window, s_aux, rotation
     )
-    out = _converted(mixer, inputs, layer) if mixer is not None and own else donor_attention(inputs)
+    out = donor_attention(inputs) if hybrid is None else _converted(hybrid, inputs, layer)
     if mixer is not None and mixer.observer is not None:
         mixer.observer(mixer, inputs, out)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None

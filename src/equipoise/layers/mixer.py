@@ -137,7 +137,8 @@ class HybridMixer(nn.Module):
         config: what to compute.
         heads, kv_heads, head_dim: H, N, D of the layer.
         layer_idx: index of the layer in the model.
-        rotary: how the layer rotates q and k; None where it does not.
+        rotary: how the layer rotates q and k; None where it does not. Kept as `rotary` where maps want it
+            undone.
 
     Raises:
         UnknownNameError: no such feature map or mixing rule.
@@ -157,7 +158,7 @@ class HybridMixer(nn.Module):
         MIXING_RULES[config.mixing]
         self.config, self.layer_idx = config, layer_idx
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.rotary = rotary if config.rotary == "undone" else None
+        self.rotary = rotary if config.rotary == "undone" and config.feature_map is not None else None
         self.phi_q: nn.Module | None = None
         self.phi_k: nn.Module | None = None
         self.phi_v: NarrowValues | None = None
@@ -329,11 +330,10 @@ class HybridMixer(nn.Module):
         """phi(q) [B, h, T, F] and phi(k) [B, M, T, F] of the linear heads, in the precision of sums."""
         assert self.phi_q is not None
         assert self.phi_k is not None
+        seen = self.linear_inputs(inputs).before_rotary()
         dtype = accumulation_dtype(inputs.q.dtype)
-        wide = replace(inputs, q=inputs.q.to(dtype), k=inputs.k.to(dtype))
-        seen = self.linear_inputs(wide).before_rotary()
         with torch.autocast(inputs.q.device.type, enabled=False):
-            return self.phi_q(seen.q), self.phi_k(seen.k)
+            return self.phi_q(seen.q.to(dtype)), self.phi_k(seen.k.to(dtype))
 
     def hybrid(
         self,
@@ -356,8 +356,9 @@ class HybridMixer(nn.Module):
         phi_k = self.phi_k if phi_k is None else phi_k
         head_windows = config.head_windows if window is None else None
         window = config.window if window is None else window
+        seen = inputs.before_rotary()
         common: dict[str, Any] = {
-            "gate": self.gate(inputs.before_rotary().q), "scale": inputs.scale,
+            "gate": self.gate(seen.q), "scale": inputs.scale,
             "softcap": inputs.softcap, "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
             "branches": _for_rows(branches, inputs.q.shape[0]), "sinks": config.sinks,
             # of softmax's denominator: linear attention alone has none that it could join
@@ -367,7 +368,7 @@ class HybridMixer(nn.Module):
         if state is None and not keep_state and window is not None and _window_alone(branches):
             phi_q = phi_k = linear_heads = common["branches"] = None  # nothing else is computed
         elif inputs.rotation is not None and isinstance(phi_q, nn.Module):
-            phi_q, phi_k = self.features(inputs)
+            phi_q, phi_k = self.features(seen)  # operators would map what they get, rotated
         value_maps = None if self.phi_v is None else self.phi_v.maps
         if head_windows is not None:
             return head_windows_attention(
