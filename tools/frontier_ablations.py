@@ -83,6 +83,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "mean-importance": {"allocation": {"weigh_lookups": False, "least_importance": 0.1}},
     "one-width": ONE_WIDTH,
     "twice-share": {"allocation": {"linear_share": 0.28}},
+    "twice-wide": both(hybrid(feature_multiple=8), {"allocation": {"linear_share": 0.28}}),
     "quarter-values": hybrid(value_divisor=4),
     "wider": WIDER,
     "state-per-query": hybrid(map_heads="query"),

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import converted_mixers, observe, rivals
-from equipoise.ops.delta import delta_attention
 from equipoise.recall_donor import PairText
+from equipoise.train.objectives import LINEAR_ALONE
 from frontier_texts import MORE_PAIRS, Setting, asked, rows_of, with_more_pairs
 from tables import heading, line
 
@@ -34,11 +34,9 @@ Outcome = tuple[bool, bool]
 
 def read_by(mixer: HybridMixer, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
     """What the states of a layer read, and the values of the same heads, both [B, h, T, D]."""
-    of = mixer.linear_inputs(inputs)
-    assert mixer.phi_q is not None
-    assert mixer.phi_k is not None
-    read, _ = delta_attention(of.q, of.k, of.v, mixer.phi_q(of.q), mixer.phi_k(of.k))
-    return read, of.v.repeat_interleave(read.shape[1] // of.v.shape[1], 1)
+    read = mixer.of_linear_heads(mixer.hybrid(inputs, branches=LINEAR_ALONE)[0])
+    values = mixer.linear_inputs(inputs).v
+    return read, values.repeat_interleave(read.shape[1] // values.shape[1], 1)
 
 
 def points_at(read: Tensor, values: Tensor) -> int:
