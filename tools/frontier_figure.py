@@ -46,7 +46,7 @@ def points(
     """
     found: Points = {}
     donor, edge = list[Entry](), 0
-    latest = _latest(results, name, length, split)
+    latest = latest_weights(results, name, length, split)
     for (of, weights, tokens_long, part, _), runs in read(results).items():
         if (of, weights, tokens_long, part) != (name, latest, length, split):
             continue
@@ -62,7 +62,7 @@ def points(
     return found, donor, edge
 
 
-def _latest(results: Path, name: str, length: int, split: str) -> str | None:
+def latest_weights(results: Path, name: str, length: int, split: str) -> str | None:
     """Digest of the weights that the last entry is of."""
     entries = map(json.loads, results.read_text(encoding="utf-8").splitlines())
     digests = [
