@@ -48,9 +48,9 @@ def test_reads_are_what_the_state_says(reads: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(reads, "read_by", perfect)
     found = reads.outcomes(hybrid(), TEXTS, 4, 0)
-    assert all(right for of in found.values() for right, _ in of)
-    rows = list(reads.table({10: {(1, 1): [(True, True), (True, False), (False, False)]}}))
-    assert rows[-1] == "| 10, layer 1, head 1 | 0.667 | 0.333 | 0.500 | 0.000 |"
+    assert all(right for of in found.values() for right, *_ in of)
+    rows = list(reads.table({10: {(1, 1): [(True, True, 0.1), (True, False, 0.9), (False, False, 0.2)]}}))
+    assert rows[-1] == "| 10, layer 1, head 1 | 0.667 | 0.333 | 0.500 | 0.000 | 0.200 |"
 
 
 def test_the_state_itself_is_asked(reads: Any) -> None:
@@ -66,3 +66,22 @@ def test_the_state_itself_is_asked(reads: Any) -> None:
     assert read.shape == values.shape == (1, 2, 12, 8)
     assert read[:, :, 1:].abs().sum() > 0
     assert reads.points_at(2 * values[0, 0, 3], values[0, 0]) == 3
+
+
+def test_a_closed_gate_is_seen(reads: Any) -> None:
+    """A state that nothing listens to has no part of the output, however right it reads."""
+    model, parts = hybrid(), list[Tensor]()
+    mixer = next(m for m in reads.converted_mixers(model) if m.layer_idx == 1)
+
+    def observer(layer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
+        if layer is mixer:
+            parts.append(reads.part_of(layer, inputs))
+
+    for weight in (1.0, 0.5):
+        mixer.config = mixer.config.model_copy(update={"gate_value": weight})
+        with reads.observe(model, observer), torch.no_grad():
+            model(input_ids=torch.from_numpy(ROW[None]), use_cache=False)
+    closed, half = parts
+    assert closed.shape == (1, 2, 12)
+    assert closed.abs().max() == 0
+    assert half[..., 3:].min() > 0  # before, features of a random map may all be 0
