@@ -116,7 +116,7 @@ ABLATIONS: Mapping[str, Changes] = {
         objectives("transfer", "output", "hybrid-output"),
         objectives("finetune", "distillation", "next-token"),
     ),
-    "reads-10": {"finetune": {"objectives": {**NEXT_TOKEN_3, "far-reads": 10.0}}},
+    "far-heads": {"finetune": {"objectives": {**NEXT_TOKEN_3, "far-heads": 1.0}}},
     "long-first": {},
     "twentieth-first": {},
     "maps-frozen": objectives(  # reads teach nothing else

@@ -99,6 +99,32 @@ class TestFinetune:
         tuned(run, hybrid(run), rows, tmp_path, callbacks=[Watch()])
         assert rates == [[1e-2, 0.5]] * 4
 
+    @pytest.mark.parametrize(
+        ("mixing", "expected"), [("convex", [1e-2, 0.5, 1e-3]), ("competing", [1e-2, 0.5])]
+    )
+    def test_gates_that_can_shut_may_learn_slower(
+        self, mixing: str, expected: list[float], recipe: Any, hybrid: Any, rows: Any, tmp_path: Path
+    ) -> None:
+        """A score is on the window's scale, and starts there; a weight is shut by a few large steps."""
+        seen: list[tuple[list[float], int]] = []
+
+        class Watch(TrainerCallback):
+            def on_pre_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+                groups = optimizer.param_groups
+                seen.append(([group["lr"] for group in groups], len(groups[-1]["params"])))
+
+        stage = {
+            **STAGE2, "train_maps": True, "map_learning_rate": 0.5, "gate_learning_rate": 1e-3, "warmup": 0.0,
+            "decay": "constant",
+        }  # fmt: skip
+        run = recipe(hybrid={"mixing": mixing, "gate": "quadratic"}, finetune=stage)
+        model = hybrid(run)
+        tuned(run, model, rows, tmp_path, callbacks=[Watch()])
+        last = sum(len(mixer.gate_parameters()) for mixer in mixers_of(model)) or len(
+            weights(model, ".hybrid.")
+        )
+        assert seen == [(expected, last)] * 4
+
     def test_loss_falls(self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path) -> None:
         run = recipe(finetune={**STAGE2, "max_steps": 40})
         _, result = tuned(run, hybrid(run), rows, tmp_path)

@@ -214,6 +214,12 @@ class HybridMixer(nn.Module):
             if weight is not None:  # every token starts at its head's weight
                 weight.zero_()
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Those of a gate that is a weight in (0, 1), which can shut; none where it is fixed, or a score."""
+        if self.config.mixing in SCORED_RULES:
+            return []
+        return [p for p in (self.gate_logit, self.gate_weight, self.gate_squares) if p is not None]
+
     @property
     def has_both(self) -> bool:
         """Whether the layer has a window and a linear branch."""

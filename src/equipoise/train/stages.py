@@ -192,16 +192,19 @@ class FinetuneTrainer(StageTrainer):
                 mixer.mode = mode
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """AdamW; maps and gates may learn at a rate of their own."""
+        """AdamW; maps may learn at a rate of their own, and gates at another."""
         if self.optimizer is None:
             model: Any = self.model
-            maps = [p for m in mixers_of(model) for p in m.parameters() if p.requires_grad]
-            known = {id(p) for p in maps}
+            rate, slow = self.settings.learning_rate, self.settings.gate_learning_rate
+            of_mixers = [p for m in mixers_of(model) for p in m.parameters() if p.requires_grad]
+            gates = [p for m in mixers_of(model) for p in m.gate_parameters() if p.requires_grad and slow]
+            known, closing = {id(p) for p in of_mixers}, {id(p) for p in gates}
             others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-            rate = self.settings.learning_rate
             groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
-            if maps:
+            if maps := [p for p in of_mixers if id(p) not in closing]:
                 groups.append({"params": maps, "lr": self.settings.map_learning_rate or rate})
+            if gates:
+                groups.append({"params": gates, "lr": slow})
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
         return self.optimizer
 
