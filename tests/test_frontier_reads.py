@@ -66,22 +66,3 @@ def test_the_state_itself_is_asked(reads: Any) -> None:
     assert read.shape == values.shape == (1, 2, 12, 8)
     assert read[:, :, 1:].abs().sum() > 0
     assert reads.points_at(2 * values[0, 0, 3], values[0, 0]) == 3
-
-
-def test_a_closed_gate_is_seen(reads: Any) -> None:
-    """A state that nothing listens to has no part of the output, however right it reads."""
-    model, parts = hybrid(), list[Tensor]()
-    mixer = next(m for m in reads.converted_mixers(model) if m.layer_idx == 1)
-
-    def observer(layer: HybridMixer, inputs: LayerInputs, output: Tensor) -> None:
-        if layer is mixer:
-            parts.append(reads.part_of(layer, inputs))
-
-    for weight in (1.0, 0.5):
-        mixer.config = mixer.config.model_copy(update={"gate_value": weight})
-        with reads.observe(model, observer), torch.no_grad():
-            model(input_ids=torch.from_numpy(ROW[None]), use_cache=False)
-    closed, half = parts
-    assert closed.shape == (1, 2, 12)
-    assert closed.abs().max() == 0
-    assert half[..., 3:].min() > 0  # before, features of a random map may all be 0

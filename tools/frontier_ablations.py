@@ -47,9 +47,13 @@ UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_ga
 """And before that: linear features, in two heads at the bytes of one."""
 NEXT_TOKEN_3 = {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0}
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
-FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
+FIRST_STAGE = ("output", "far-output", "hybrid-output")
+FAR_OUTPUT = objectives("transfer", *FIRST_STAGE)
+FAST_GATES: Changes = both(FAR_OUTPUT, {"finetune": {"gate_learning_rate": None}})
+"""Gates that learn from stage 1 on, and as fast as maps: what the recipe had until 2026-11-30, 10:40."""
 
 AS_OF_29: Changes = both(
+    FAST_GATES,
     WITH_NEXT_TOKEN,
     hybrid(gate="per_token", feature_multiple=2, rotary="kept"),
     {"allocation": {
@@ -109,14 +113,15 @@ ABLATIONS: Mapping[str, Changes] = {
     "next-token-3": {"finetune": {"objectives": NEXT_TOKEN_3}},
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
     "predictions": both(
-        objectives("transfer", "output", "hybrid-output"),
+        objectives("transfer", "output"),
         objectives("finetune", "distillation", "far-distillation", "next-token"),
     ),
     "no-far": both(
-        objectives("transfer", "output", "hybrid-output"),
+        objectives("transfer", "output"),
         objectives("finetune", "distillation", "next-token"),
     ),
-    "far-heads": {"finetune": {"objectives": {**NEXT_TOKEN_3, "far-heads": 1.0}}},
+    "fast-gates": FAST_GATES,
+    "gates-at-once": objectives("transfer", *FIRST_STAGE),
     "long-first": {},
     "twentieth-first": {},
     "maps-frozen": objectives(  # reads teach nothing else

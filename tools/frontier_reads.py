@@ -24,16 +24,14 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import converted_mixers, observe, rivals
-from equipoise.ops.types import Branches
 from equipoise.recall_donor import PairText
+from equipoise.train.heard import part_of
 from equipoise.train.objectives import LINEAR_ALONE
 from frontier_texts import MORE_PAIRS, Setting, asked, rows_of, with_more_pairs
 from tables import heading, line
 
 Outcome = tuple[bool, bool, float]
 """Of one question: is the read right, is the answer, and how much of the output is the read."""
-READ, KEPT = Branches(window=False), Branches(linear=False)
-"""Either branch's term of the output, as large as it is there."""
 
 
 def read_by(mixer: HybridMixer, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
@@ -41,14 +39,6 @@ def read_by(mixer: HybridMixer, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
     read = mixer.of_linear_heads(mixer.hybrid(inputs, branches=LINEAR_ALONE)[0])
     values = mixer.linear_inputs(inputs).v
     return read, values.repeat_interleave(read.shape[1] // values.shape[1], 1)
-
-
-def part_of(mixer: HybridMixer, inputs: LayerInputs) -> Tensor:
-    """Size of the linear branch's term over the sizes of both [B, h, T]: 0 where nothing listens to it."""
-    read, window = (
-        mixer.of_linear_heads(mixer.hybrid(inputs, branches=one)[0]).norm(dim=-1) for one in (READ, KEPT)
-    )
-    return read / (read + window).clamp_min(torch.finfo(read.dtype).tiny)
 
 
 def points_at(read: Tensor, values: Tensor) -> int:

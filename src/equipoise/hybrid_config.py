@@ -33,7 +33,7 @@ class HybridConfig(Settings):
     """Whether linear attention also covers the keys in the window."""
     feature_map: str | None = "hedgehog"
     """Feature map of the linear branch; null for no linear branch."""
-    feature_multiple: Literal[1, 2, 4] = 2
+    feature_multiple: Literal[1, 2, 4, 8] = 2
     """Feature dimension in multiples of head_dim."""
     feature_dim: int | None = Field(default=None, ge=1)
     """Feature dimension itself, for states smaller than head_dim; feature_multiple says it where null."""

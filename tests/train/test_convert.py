@@ -280,3 +280,7 @@ def test_progress_reaches_the_console(donor: str, small: Any, tmp_path: Path) ->
     assert "hedgecats transfer done: 2 steps" in shown
     assert "hedgecats finetune done: 2 steps" in shown
     assert "held-out loss: donor " in shown
+    assert "linear branch's part of the output where windows lose most: " in shown
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert record["heard"].keys() == {"0", "1"}
+    assert all(0 < part < 1 for of in record["heard"].values() for part in of.values())

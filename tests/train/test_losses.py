@@ -232,10 +232,6 @@ class TestLoss:
         asked = Predictions(known, tokens[:, 1:], {DONOR: known, WINDOWED_DONOR: near}, [reads])
         expected = FINETUNE_OBJECTIVES["far-reads"].per_token(asked).mean()
         torch.testing.assert_close(finetune_loss(model, batch, {"far-reads": 1.0}), expected)
-        # what heads say is the hybrid's own output in them
-        said = replace(asked, reads=[Reads(seen["hybrid"][1][:, [1, 3], :-1], donor[:, [1, 3], :-1])])
-        expected = FINETUNE_OBJECTIVES["far-reads"].per_token(said).mean()
-        torch.testing.assert_close(finetune_loss(model, batch, {"far-heads": 1.0}), expected)
 
     def test_reads_are_asked_beside_who_observes_already(self, model: Any) -> None:
         tokens, seen = random_tokens(1, 12), list[str]()
@@ -251,20 +247,6 @@ class TestLoss:
         # what q, k and v come from answers to predictions alone
         others = [n for n, p in model.named_parameters() if p.grad is not None and ".hybrid." not in n]
         assert not others
-
-    def test_what_heads_say_teaches_gates_and_maps(self, recipe: Any, hybrid: Any) -> None:
-        model, tokens = hybrid(recipe(hybrid={"gate": "per_token"})), random_tokens(1, 12)
-        model.requires_grad_(True)
-        finetune_loss(model, {"input_ids": tokens, "labels": tokens}, {"far-heads": 1.0}).backward()
-        taught = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-        of_mixers = {n for n, _ in model.named_parameters() if ".hybrid." in n}
-        assert taught == of_mixers
-        assert any("gate_weight" in name for name in taught)
-
-    def test_what_heads_say_has_to_be_asked_for(self) -> None:
-        read = torch.zeros(1, 2, 3, 4)
-        with pytest.raises(ValueError, match="heads=True"):
-            FINETUNE_OBJECTIVES["far-heads"].per_token(replace(predictions(), reads=[Reads(read, read)]))
 
     def test_recomputed_activations_have_the_same_gradients(self, model: Any) -> None:
         tokens = random_tokens(2, 12)

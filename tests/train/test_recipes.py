@@ -144,7 +144,7 @@ class TestAgainstTheMethod:
         assert run.allocation is not None
         assert run.allocation.state_bytes is None  # those of the windows
         assert run.transfer is not None
-        assert run.transfer.objectives == {"output": 1.0, "far-output": 1.0, "hybrid-output": 1.0}
+        assert run.transfer.objectives == {"output": 1.0, "far-output": 1.0}  # nothing that gates learn from
         assert run.finetune is not None
         assert run.finetune.objectives == {
             "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0,
@@ -155,6 +155,7 @@ class TestAgainstTheMethod:
         assert (run.allocation.weigh_lookups, run.allocation.least_importance) == (True, 0.25)
         assert run.allocation.narrower
         assert run.finetune.train_maps
+        assert (run.finetune.map_learning_rate, run.finetune.gate_learning_rate) == (1e-2, 1e-3)
         assert run.finetune.window_dropout is None
 
     def test_swa_sinks(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from equipoise.data.preparing import HELD_OUT_ROWS, TrainingData, prepare_data
 from equipoise.data.sources import absolute_source
 from equipoise.distributed import from_leader, in_turn, joined, leader_does, meet, ranks
 from equipoise.files import make_directory, write_text
+from equipoise.layers.interface import mixers_of
 from equipoise.models import adapters
 from equipoise.models.auto import record_donor
 from equipoise.models.branches import branches
@@ -32,6 +33,7 @@ from equipoise.models.surgery import hybridize
 from equipoise.secrets import has_secret
 from equipoise.train.allocating import allocated, as_dict
 from equipoise.train.ending import ended_by_sigterm, only_run
+from equipoise.train.heard import Heard, as_json, heard, tell
 from equipoise.train.outputs import RUN, START, WORK, claimed_by_leader, clean_up, left_behind, staged
 from equipoise.train.parallel import check_batches, chosen_parallel
 from equipoise.train.progress import reported
@@ -58,6 +60,8 @@ class RunRecord:
             (`equipoise.train.watching.watched_history`).
         held_out: mean loss in nats per token on held-out rows: the donor's and the result's.
         allocation: where the bytes of state went, and why (`equipoise.models.allocation.Allocation`).
+        heard: by layer and head, the linear branch's part of the output on held-out rows, where windows lose
+            most (`equipoise.train.heard`); empty where they are enough, or nothing was asked.
         equipoise_version: that made it.
     """
 
@@ -70,6 +74,7 @@ class RunRecord:
     stages: dict[str, dict[str, Any]]
     held_out: dict[str, float]
     allocation: dict[str, Any] | None = None
+    heard: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     equipoise_version: str = __version__
 
 
@@ -188,6 +193,7 @@ def _convert(
             highlight=False,
             soft_wrap=True,
         )
+    listened = {} if sharded or data is None else _listened(model, run, data, console)
     settings = run.model_dump(mode="json")
     settings["data"]["source"] = absolute_source(run.data.source)  # an audit may start elsewhere
     record = RunRecord(
@@ -195,7 +201,7 @@ def _convert(
         train_tokens=sum(r.tokens for r in results.values()),
         train_seconds=float(sum(r.seconds for r in results.values())),
         stages={name: asdict(result) for name, result in results.items()}, held_out=held_out,
-        allocation=None if allocation is None else as_dict(allocation),
+        allocation=None if allocation is None else as_dict(allocation), heard=as_json(listened),
     )  # fmt: skip
     weights = whole_weights(model) if run.checkpoint == "full" else None
     if ranks().is_leader:
@@ -273,6 +279,16 @@ def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> f
         return mean_loss(model, data.held_out, batch_size=rows_at_once(run))
     with branches(model, "softmax"):
         return mean_loss(model, data.held_out, batch_size=rows_at_once(run))
+
+
+def _listened(model: PreTrainedModel, run: RunConfig, data: TrainingData, console: Console) -> Heard:
+    """What is heard of the linear branches of a hybrid that has windows everywhere."""
+    if not (mixers := mixers_of(model)) or any(mixer.config.window is None for mixer in mixers):
+        return {}
+    rows = [data.held_out[i] for i in range(min(LOOK_ROWS, len(data.held_out)))]
+    found = heard(model, rows, batch_size=rows_at_once(run))
+    tell(found, console)
+    return found
 
 
 def describe(model: PreTrainedModel, hybrid: HybridConfig, console: Console) -> None:

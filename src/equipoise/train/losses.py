@@ -81,14 +81,12 @@ class FinetuneObjective:
         per_token: from predictions to a loss per token [B, T - 1].
         needs: the references it looks at; each costs a forward pass.
         reads: whether it looks at `Predictions.reads`; costs the linear branch of a layer a second time.
-        heads: whether it looks at what heads say there as well, `Reads.heads`; costs both branches once more.
         hidden: whether it looks at `Predictions.hidden`; costs the donor's pass, and memory for both.
     """
 
     per_token: Callable[[Predictions], Tensor]
     needs: Sequence[str] = ()
     reads: bool = False
-    heads: bool = False
     hidden: bool = False
 
 
@@ -96,17 +94,12 @@ FINETUNE_OBJECTIVES: Registry[FinetuneObjective] = Registry("fine-tuning objecti
 
 
 def finetune_objective(
-    name: str,
-    *,
-    needs: Sequence[str] = (),
-    reads: bool = False,
-    heads: bool = False,
-    hidden: bool = False,
+    name: str, *, needs: Sequence[str] = (), reads: bool = False, hidden: bool = False
 ) -> Callable[..., Any]:
     """Decorator that registers a function of `Predictions` as an objective."""
 
     def register(function: Callable[[Predictions], Tensor]) -> Callable[[Predictions], Tensor]:
-        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads, heads, hidden))
+        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads, hidden))
         return function
 
     return register
@@ -145,25 +138,9 @@ def far_reads(predictions: Predictions) -> Tensor:
     text: weights that are not squared leave nearly all of the sum to it (docs/research/02). Predictions alone
     let a state read wrongly wherever others know the answer; this asks each one by itself.
     """
-    weights = _far_weights(predictions)
-    return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
-
-
-@finetune_objective("far-heads", needs=(DONOR, WINDOWED_DONOR), reads=True, heads=True)
-def far_heads(predictions: Predictions) -> Tensor:
-    """The same of what the heads say, window and state mixed: so that gates open where states know.
-
-    Predictions do not ask that of each head. Where one of two says the answer, the gate of the other may stay
-    shut over a state that reads as well (docs/research/02).
-    """
-    weights = _far_weights(predictions)
-    return weights * torch.stack([reads.heads.error(weights) for reads in predictions.reads]).mean(0)
-
-
-def _far_weights(predictions: Predictions) -> Tensor:
-    """Squares of what windows lose at each token, over their mean in its row."""
     squares = predictions.astray.square() * (predictions.targets != IGNORED_LABEL)
-    return squares / squares.mean(1, keepdim=True).clamp_min(LEAST_LOST)
+    weights = squares / squares.mean(1, keepdim=True).clamp_min(LEAST_LOST)
+    return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
 
 
 @finetune_objective("hidden-states", needs=(DONOR,), hidden=True)
@@ -248,8 +225,7 @@ def _predictions(
     more = {"output_hidden_states": True} if hidden else {}
     with linear_inputs(model) if reading else nullcontext({}) as seen:
         output: Any = model(**arguments, use_cache=False, **more)
-    heads = any(objective.heads for objective in objectives)
-    reads = reads_of(model, seen, wanted, heads=heads) if reading else []
+    reads = reads_of(model, seen, wanted) if reading else []
     pairs = zip(_after_layers(output), found[DONOR][1], strict=True) if hidden else ()
     references = {name: log_probs for name, (log_probs, _) in found.items()}
     return Predictions(

@@ -1,4 +1,4 @@
-"""What linear branches read and what heads say, beside the donor's attention: for objectives of stage 2.
+"""What linear branches read, beside the donor's attention in the same heads: for objectives of stage 2.
 
 Shapes: B rows, h heads with a linear branch, T tokens, P = T - 1 of them that another follows, E value_dim.
 """
@@ -30,23 +30,10 @@ class Reads:
     Attributes:
         own: what its linear branch reads, by itself.
         donor: the donor's attention output in the same heads, without gradient.
-        said: the output of these heads, both branches mixed; None unless an objective asks for it.
     """
 
     own: Float[Tensor, "B h P E"]
     donor: Float[Tensor, "B h P E"]
-    said: Float[Tensor, "B h P E"] | None = None
-
-    @property
-    def heads(self) -> Reads:
-        """The same of what the heads say in place of what their states read.
-
-        Raises:
-            ValueError: that was not asked for.
-        """
-        if self.said is None:
-            raise ValueError("expected what heads say: an objective asks for it by heads=True.")
-        return Reads(self.said, self.donor)
 
     def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         """Squared error at the best scale, mean over heads and E, over the donor's mean square in that row.
@@ -115,11 +102,8 @@ def linear_inputs(model: nn.Module) -> Generator[dict[int, LayerInputs]]:
         yield found
 
 
-def reads_of(
-    model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[int, Tensor], *, heads: bool = False
-) -> list[Reads]:
-    """What linear branches read of such inputs, and with ``heads`` what their heads say, beside the donor's
-    outputs.
+def reads_of(model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[int, Tensor]) -> list[Reads]:
+    """What linear branches read of such inputs, beside the donor's outputs.
 
     To be called after the pass, not by an observer in it: where activations are recomputed, a pass that does
     more than its repetition is refused by torch.
@@ -129,6 +113,5 @@ def reads_of(
         inputs, donor = seen[mixer.layer_idx], wanted[mixer.layer_idx]
         with torch.autocast(inputs.q.device.type, enabled=False):
             own = _of_linear_heads(mixer, mixer.hybrid(inputs, branches=LINEAR_ALONE)[0])
-            said = _of_linear_heads(mixer, mixer.hybrid(inputs)[0]) if heads else None
-        found.append(Reads(own, donor.to(own.device), said))
+        found.append(Reads(own, donor.to(own.device)))
     return found
