@@ -67,7 +67,7 @@ class TestFields:
              "gate_value: Input should be a finite number; got nan."),
             (HybridConfig, {"gate": "fix"},
              "gate: Input should be 'fixed', 'per_head', 'per_token' or 'quadratic'; got 'fix'."),
-            (HybridConfig, {"feature_multiple": 3}, "feature_multiple: Input should be 1, 2 or 4; got 3."),
+            (HybridConfig, {"feature_multiple": 3}, "feature_multiple: Input should be 1, 2, 4 or 8; got 3."),
             (HybridConfig, {"layers": "some"},
              "layers: Input should be 'global' or 'all', or Input should be a valid tuple; got 'some'."),
             (HybridConfig, {"window": None, "feature_map": None},

@@ -58,6 +58,8 @@ def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_si
         windows are enough for all tokens (within their reach, they are).
     """
     asked = rivals(converted_mixers(model))
+    if not asked:
+        return {}
     sums, total, count = {mixer: torch.zeros(0) for mixer in asked}, 0.0, 0
     with untouched(model):
         model.eval()
@@ -69,7 +71,7 @@ def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_si
             for mixer, part in _parts(model, asked, arguments).items():
                 own = (weights[:, None] * part).sum((0, 2))
                 sums[mixer] = sums[mixer] + own if len(sums[mixer]) else own
-    if not asked or total < LEAST_ASTRAY * max(1, count):
+    if total < LEAST_ASTRAY * max(1, count):
         return {}
     return {
         mixer.layer_idx: dict(zip(mixer.linear_indices, (sums[mixer] / total).tolist(), strict=True))
