@@ -83,6 +83,9 @@ def test_ablations_can_be_joined(frontier: Any) -> None:
     assert joined.finetune.objectives["next-token"] == 1
     allocation = frontier.changes_of("as-of-29+lookups+wider")["allocation"]
     assert (allocation["weigh_lookups"], allocation["linear_share"]) == (True, 0.125)
+    # what the recipe was has the gates it had
+    assert joined.finetune.gate_learning_rate is None
+    assert "hybrid-output" in joined.transfer.objectives
     assert frontier.changes_of("lookups+lolcats") is None
 
 

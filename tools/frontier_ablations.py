@@ -47,8 +47,7 @@ UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_ga
 """And before that: linear features, in two heads at the bytes of one."""
 NEXT_TOKEN_3 = {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0}
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
-FIRST_STAGE = ("output", "far-output", "hybrid-output")
-FAR_OUTPUT = objectives("transfer", *FIRST_STAGE)
+FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 FAST_GATES: Changes = both(FAR_OUTPUT, {"finetune": {"gate_learning_rate": None}})
 """Gates that learn from stage 1 on, and as fast as maps: what the recipe had until 2026-11-30, 10:40."""
 
@@ -121,7 +120,7 @@ ABLATIONS: Mapping[str, Changes] = {
         objectives("finetune", "distillation", "next-token"),
     ),
     "fast-gates": FAST_GATES,
-    "gates-at-once": objectives("transfer", *FIRST_STAGE),
+    "gates-at-once": FAR_OUTPUT,
     "long-first": {},
     "twentieth-first": {},
     "maps-frozen": objectives(  # reads teach nothing else

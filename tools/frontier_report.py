@@ -97,11 +97,14 @@ def against(output: Path, rival: str) -> None:
         others = min(ways, key=lambda way: float(np.mean(way)), default=[])
         for (run, steps, tuned), of in sorted(runs.items()):
             if others and run != rival:
-                # seeds of two runs have nothing in common
-                apart = np.array([entry["both"]["nll"] for entry in of]) - np.array(others).mean(0)
                 counts = (str(length), split, str(tokens), run, str(steps), str(tuned), str(len(of)))
-                table.add_row(name, *counts, in_words(interval(apart.tolist())))
+                table.add_row(name, *counts, in_words(interval(likelihoods_less(of, others))))
     Console(width=160).print(table)
+
+
+def likelihoods_less(of: Sequence[Entry], others: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Nats per token [seeds][texts], less the mean of another run's: seeds of two have nothing in common."""
+    return (np.array([entry["both"]["nll"] for entry in of]) - np.array(others).mean(0)).tolist()
 
 
 def shown(windows: int | list[int]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from frontier_figure import RESULTS, latest_weights
-from frontier_report import Entry, How, interval, read, recall
+from frontier_report import Entry, How, farthest, in_words, interval, likelihoods_less, read, recall
 from tables import heading, line, signed
 
 RIVAL = "moved-heads:next-token-3"
@@ -45,35 +45,25 @@ def runs_of(
     return found
 
 
-def controls_reach(runs: Mapping[How, Sequence[Entry]]) -> int:
+def controls_reach(runs: Mapping[How, list[Entry]]) -> int:
     """Tokens that the windows of any control reach: of runs without a linear branch."""
-    reaches = [entry["reach"] or 0 for of in runs.values() for entry in of if "linear alone" not in entry]
-    return max(reaches, default=0)
+    return farthest({how: of for how, of in runs.items() if all("linear alone" not in entry for entry in of)})
 
 
 def figures(of: Sequence[Entry], rival: Sequence[Entry], edge: int, length: int) -> Iterator[str]:
     """Cells of one run."""
     yield str(len(of))
     yield f"{np.mean([entry['both']['nll'] for entry in of]):.3f}"
-    if rival and of is not rival:
-        # seeds of two runs have nothing in common
-        theirs = np.array([entry["both"]["nll"] for entry in rival]).mean(0)
-        yield _bounds(interval((np.array([entry["both"]["nll"] for entry in of]) - theirs).tolist()))
-    else:
-        yield ""
+    apart = likelihoods_less(of, [entry["both"]["nll"] for entry in rival]) if rival else []
+    yield signed(in_words(interval(apart))) if rival and of is not rival else ""
     yield f"{recall(of, 'both', (0, edge))[0]:.3f}"
     for state in ("both", "more", "linear alone"):
         asked = all(state in entry for entry in of)
-        yield _bounds(recall(of, state, (edge, length))) if asked else ""
-
-
-def _bounds(values: tuple[float, float, float]) -> str:
-    mean, low, high = values
-    return signed(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        yield signed(in_words(recall(of, state, (edge, length)))) if asked else ""
 
 
 def table(
-    runs: Mapping[How, Sequence[Entry]], rival: str, length: int, only: Sequence[str] = ()
+    runs: Mapping[How, list[Entry]], rival: str, length: int, only: Sequence[str] = ()
 ) -> Iterator[str]:
     """All runs, or some in the order they are named."""
     edge = controls_reach(runs)

@@ -216,9 +216,8 @@ class HybridMixer(nn.Module):
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Those of a gate that is a weight in (0, 1), which can shut; none where it is fixed, or a score."""
-        if self.config.mixing in SCORED_RULES:
-            return []
-        return [p for p in (self.gate_logit, self.gate_weight, self.gate_squares) if p is not None]
+        of = (self.gate_logit, self.gate_weight, self.gate_squares)
+        return [p for p in of if p is not None and self.config.mixing not in SCORED_RULES]
 
     @property
     def has_both(self) -> bool:

@@ -114,7 +114,8 @@ def tell(found: Heard, console: Console) -> None:
     if deaf:
         shown = ", ".join(deaf[:LISTED]) + (f" and {len(deaf) - LISTED} more" if len(deaf) > LISTED else "")
         console.print(
-            f"hardly heard: {shown}. The state is there and paid for, and the gate is all but shut. Lower "
-            "finetune.gate_learning_rate, or train on rows whose answers lie farther back.",
+            f"hardly heard: {shown}. The state is there and paid for, and next to nothing of it is in the "
+            "output. Gates that learn stay open at a lower finetune.gate_learning_rate; elsewhere take an "
+            "objective that asks the linear branch itself (docs/guides/choosing-a-recipe.md).",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
