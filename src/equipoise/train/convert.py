@@ -286,7 +286,7 @@ def _listened(model: PreTrainedModel, run: RunConfig, data: TrainingData, consol
     if not (mixers := mixers_of(model)) or any(mixer.config.window is None for mixer in mixers):
         return {}
     rows = [data.held_out[i] for i in range(min(LOOK_ROWS, len(data.held_out)))]
-    found = heard(model, rows, batch_size=rows_at_once(run))
+    found = heard(model, rows)
     tell(found, console)
     return found
 

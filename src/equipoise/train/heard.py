@@ -42,7 +42,7 @@ def part_of(mixer: HybridMixer, inputs: LayerInputs) -> Float[Tensor, "B h T"]:
 
 
 @torch.no_grad()
-def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_size: int = 4) -> Heard:
+def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_size: int = 1) -> Heard:
     """How much of each head's output is its linear branch's, on average over tokens.
 
     Tokens weigh by the square of how far windows alone lead the donor astray there, KL in nats, as in the
@@ -51,7 +51,7 @@ def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_si
     Args:
         model: converted, with a window in every converted layer; unchanged when the call returns.
         rows: packed rows (see `equipoise.data.packing`).
-        batch_size: rows at a time.
+        batch_size: rows at a time; of each, predictions of two models are held beside one another.
 
     Returns:
         Layers with both branches, but for means of the past where others look things up; nothing where
@@ -94,7 +94,7 @@ def _parts(
             found[mixer] = part_of(mixer, inputs).cpu()
 
     with observe(model, observer, also=True):
-        model(**arguments, use_cache=False)
+        model.base_model(**arguments, use_cache=False)  # what is predicted is not asked
     return found
 
 

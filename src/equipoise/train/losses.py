@@ -34,6 +34,8 @@ from equipoise.train.objectives import LEAST_LOST
 from equipoise.train.reads import Reads, donor_outputs, linear_inputs, reads_of
 
 DONOR, WINDOWED_DONOR = "donor", "windowed_donor"
+AT_ONCE = 64
+"""Tokens whose predictions are compared at once: vocabularies in float32 would be most of the memory."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,9 @@ def astray(model: PreTrainedModel, arguments: Mapping[str, Tensor]) -> Float[Ten
         model: converted, with a window in every converted layer.
         arguments: of the model, without labels.
     """
-    donor, windowed = (_reference(model, name, arguments)[0] for name in (DONOR, WINDOWED_DONOR))
-    found = divergence(donor, windowed)
+    outputs = [_output(model, name, arguments).logits[:, :-1] for name in (DONOR, WINDOWED_DONOR)]
+    pieces = zip(*(logits.split(AT_ONCE, dim=1) for logits in outputs), strict=True)
+    found = torch.cat([divergence(*map(log_probabilities, piece)) for piece in pieces], dim=1)
     segments = arguments.get("segment_ids")
     if segments is not None:
         found = found.masked_fill(segments[:, 1:] != segments[:, :-1], 0)
@@ -243,6 +246,13 @@ def _reference(
     model: PreTrainedModel, name: str, arguments: Mapping[str, Tensor], *, hidden: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """(log-probabilities [B, T - 1, V], hidden states after each layer if those are the donor's)."""
+    hidden = hidden and name == DONOR
+    output = _output(model, name, arguments, **({"output_hidden_states": True} if hidden else {}))
+    return log_probabilities(output.logits[:, :-1]), _after_layers(output) if hidden else []
+
+
+def _output(model: PreTrainedModel, name: str, arguments: Mapping[str, Tensor], **more: bool) -> Any:
+    """Of a reference's pass."""
     if name == DONOR:
         state = branches(model, "softmax") if mixers_of(model) else nullcontext()
     elif name == WINDOWED_DONOR:
@@ -251,7 +261,4 @@ def _reference(
         raise ConversionError(f"expected {DONOR} or {WINDOWED_DONOR} as what an objective needs, got {name}.")
     # peft's adapters off for both: they are what trains
     with adapters_disabled(model), state:
-        more = {"output_hidden_states": True} if hidden and name == DONOR else {}
-        output: Any = model(**arguments, use_cache=False, **more)
-        states = _after_layers(output) if more else []
-        return log_probabilities(output.logits[:, :-1]), states
+        return model(**arguments, use_cache=False, **more)
