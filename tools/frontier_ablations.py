@@ -126,6 +126,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "maps-frozen": objectives(  # reads teach nothing else
         "finetune", "distillation", "far-distillation", "next-token", train_maps=False
     ),
+    "apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 0.5}}},
+    "apart-2": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 2.0}}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,

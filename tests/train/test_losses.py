@@ -38,6 +38,7 @@ from support import random_tokens, tiny_model
 
 F64 = torch.float64
 DISTILLED = {"next-token": 0.5, "distillation": 1.0, "far-distillation": 2.0}
+READING = {**DISTILLED, "far-reads": 1.0, "keys-apart": 0.5, "hidden-states": 1.0}
 
 
 def predictions(seed: int = 0) -> Predictions:
@@ -51,6 +52,19 @@ def predictions(seed: int = 0) -> Predictions:
     targets[1, 2] = IGNORED_LABEL
     references = {DONOR: drawn().log_softmax(-1), WINDOWED_DONOR: drawn().log_softmax(-1)}
     return Predictions(drawn(), targets, references)
+
+
+def reads(own: Tensor, donor: Tensor, phi_k: Tensor | None = None, k: Tensor | None = None) -> Reads:
+    """What linear branches read and write, keys and their features the same where those do not matter."""
+    rows, _, tokens, _ = own.shape
+    phi_k = torch.ones(rows, 1, tokens, 2, dtype=own.dtype) if phi_k is None else phi_k
+    return Reads(own, donor, phi_k, torch.ones(rows, 1, tokens, 3, dtype=own.dtype) if k is None else k)
+
+
+def crowded(phi_k: Tensor, k: Tensor) -> Predictions:
+    """The predictions above, of which one target is not trained on, with such keys."""
+    nothing = torch.zeros(2, 1, 5, 1, dtype=F64)
+    return replace(predictions(), reads=[reads(nothing, nothing, phi_k, k)])
 
 
 def relative_entropy(of: Tensor, to: Tensor) -> Tensor:
@@ -100,21 +114,60 @@ class TestObjectives:
                 scale = min(max(float(alike / size), 0.1), 10.0)  # one below, where reads point elsewhere
                 error = (scale * own[b, h] - donor[b, h]).square().mean(-1) / donor[b].square().mean()
                 expected[b] += weight[b] * error / 3
-        found = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(own, donor)]))
+        found = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[reads(own, donor)]))
         torch.testing.assert_close(found, expected)
-        twice = replace(seen, reads=[Reads(own, donor), Reads(3 * donor, donor)])
+        twice = replace(seen, reads=[reads(own, donor), reads(3 * donor, donor)])
         torch.testing.assert_close(FINETUNE_OBJECTIVES["far-reads"].per_token(twice), expected / 2)
 
     def test_how_loud_reads_are_is_not_asked(self) -> None:
         seen, generator = predictions(), torch.Generator().manual_seed(3)
         own, donor = (torch.randn(2, 3, 5, 4, generator=generator, dtype=F64) for _ in range(2))
         own = (own + donor).requires_grad_()
-        error = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(own, donor)]))
-        louder = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(2 * own, donor)]))
+        error = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[reads(own, donor)]))
+        louder = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[reads(2 * own, donor)]))
         torch.testing.assert_close(error, louder)
         (grad,) = torch.autograd.grad(error.sum(), own)
         # along what would make all reads of one head of one row larger
         torch.testing.assert_close((grad * own).sum((2, 3)), torch.zeros(2, 3, dtype=F64))
+
+    def test_keys_apart_adds_up_squared_cosines_of_what_is_written(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        phi, k = (torch.randn(2, 2, 5, d, generator=generator, dtype=F64) for d in (3, 4))
+        k[0, 1, 4] = k[0, 1, 1]  # the same key again
+        seen = crowded(phi, k)
+        hard = phi.norm(dim=-1) * (seen.targets != IGNORED_LABEL)[:, None]
+        expected = torch.zeros(2, 5, dtype=F64)
+        for b, m, t, s in itertools.product(range(2), range(2), range(5), range(5)):
+            if t == s or (b, m, {s, t}) == (0, 1, {1, 4}):
+                continue
+            cosine = phi[b, m, t] @ phi[b, m, s] / (phi[b, m, t].norm() * phi[b, m, s].norm())
+            trained = int((seen.targets[b] != IGNORED_LABEL).sum())
+            expected[b, t] += cosine.square() * hard[b, m, t] * hard[b, m, s] * trained / hard[b, m].sum() / 2
+        torch.testing.assert_close(FINETUNE_OBJECTIVES["keys-apart"].per_token(seen), expected)
+
+    def test_keys_apart_ask_neither_what_is_shared_by_all_keys_nor_how_hard_they_are_written(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        phi, k = (torch.randn(2, 1, 5, d, generator=generator, dtype=F64) for d in (3, 4))
+        phi.requires_grad_()
+        found = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k))
+        biased = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k + 100))
+        torch.testing.assert_close(found, biased)
+        (grad,) = torch.autograd.grad(found.sum(), phi)
+        assert grad.any()
+        torch.testing.assert_close((grad * phi).sum(-1), torch.zeros(2, 1, 5, dtype=F64))
+        apart = torch.eye(5, dtype=F64).expand(2, 1, 5, 5)
+        assert not FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(apart, k)).any()
+        assert not FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(0 * apart, k)).any()  # nothing written
+
+    def test_keys_apart_look_at_the_hardest_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        generator = torch.Generator().manual_seed(5)
+        phi, k = (torch.randn(2, 1, 5, d, generator=generator, dtype=F64) for d in (3, 4))
+        phi[:, :, 3:] *= 1e-9
+        everything = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k))
+        monkeypatch.setattr("equipoise.train.reads.WRITTEN", 3)
+        found = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k))
+        assert not found[0, 3:].any()
+        torch.testing.assert_close(found, everything, rtol=0, atol=1e-6)
 
     def test_hidden_states_are_compared_in_units_of_each_token(self) -> None:
         seen, generator = predictions(), torch.Generator().manual_seed(3)
@@ -223,13 +276,13 @@ class TestLoss:
         mixer, inputs = mixers_of(model)[0], seen["hybrid"][0]
         alone = mixer.hybrid(inputs, branches=Branches(window=False, reading="renormalised"))[0]
         donor = seen["softmax"][1]
-        reads = Reads(alone[:, [1, 3], :-1], donor[:, [1, 3], :-1])
+        asked_for = reads(alone[:, [1, 3], :-1], donor[:, [1, 3], :-1])
         batch = {"input_ids": tokens, "labels": tokens}
         with branches(model, "softmax"), torch.no_grad():
             known = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
         with branches(model, "window", reading="renormalised"), torch.no_grad(), adapters_disabled(model):
             near = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
-        asked = Predictions(known, tokens[:, 1:], {DONOR: known, WINDOWED_DONOR: near}, [reads])
+        asked = Predictions(known, tokens[:, 1:], {DONOR: known, WINDOWED_DONOR: near}, [asked_for])
         expected = FINETUNE_OBJECTIVES["far-reads"].per_token(asked).mean()
         torch.testing.assert_close(finetune_loss(model, batch, {"far-reads": 1.0}), expected)
 
@@ -255,7 +308,7 @@ class TestLoss:
         for recomputed in (False, True):
             model.zero_grad()
             with recomputing(model) if recomputed else nullcontext():
-                loss = finetune_loss(model, batch, {**DISTILLED, "far-reads": 1.0, "hidden-states": 1.0})
+                loss = finetune_loss(model, batch, READING)
                 loss.backward()
             found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()
@@ -291,8 +344,7 @@ class TestLoss:
 class TestTraining:
     def test_micro_batches_add_up(self, recipe: Any, hybrid: Any, rows: Any, tmp_path: Path) -> None:
         def tuned(micro: int) -> dict[str, Tensor]:
-            objectives = {**DISTILLED, "far-reads": 1.0, "hidden-states": 1.0}
-            settings = {**STAGE2, "objectives": objectives, "train_maps": True, "micro_batch_size": micro}
+            settings = {**STAGE2, "objectives": READING, "train_maps": True, "micro_batch_size": micro}
             run = recipe(finetune=settings)
             model = hybrid(run, dtype=F64)
             finetune(model, run, rows, rows, tmp_path / str(micro))

@@ -145,6 +145,18 @@ def far_reads(predictions: Predictions) -> Tensor:
     return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
 
 
+@finetune_objective("keys-apart", needs=(DONOR,), reads=True)
+def keys_apart(predictions: Predictions) -> Tensor:
+    """Squared cosines of each written key's features with those of the other keys that are written.
+
+    A delta rule read at one key's features gets every other key's value by their cosine, so what a state
+    tells apart is bounded by how far apart maps put the keys; predictions and reads leave that at what
+    random directions have (docs/research/02). `Reads.crowding` has the definition.
+    """
+    trained = predictions.targets != IGNORED_LABEL
+    return torch.stack([reads.crowding(trained) for reads in predictions.reads]).mean(0)
+
+
 @finetune_objective("hidden-states", needs=(DONOR,), hidden=True)
 def hidden_states(predictions: Predictions) -> Tensor:
     """Squared error from the donor's hidden states after each layer to the hybrid's, mean over layers.

@@ -1,6 +1,7 @@
-"""What linear branches read, beside the donor's attention in the same heads: for objectives of stage 2.
+"""What linear branches read and write, beside the donor's attention in those heads: for stage 2.
 
-Shapes: B rows, h heads with a linear branch, T tokens, P = T - 1 of them that another follows, E value_dim.
+Shapes: B rows, h heads with a linear branch, M states (one for each of those heads, or for those that share
+keys and values), T tokens, P = T - 1 of them that another follows, D head_dim, E value_dim, F features.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import converted_mixers, observe, rivals
@@ -21,6 +23,13 @@ from equipoise.train.objectives import LINEAR_ALONE
 
 LARGEST_SCALE = 10.0
 """Of reads, and one over it the smallest."""
+ALIKE = 0.9
+"""Cosine of two keys from which they are one and the same key, which may share their features. In the
+donors of docs/research a key that comes again has .95 and more with itself, others have .75 and less."""
+LEAST_WRITTEN = 1e-6
+"""Sum of a row's strengths of writing below which there is nothing to keep apart."""
+WRITTEN = 256
+"""Keys of a row, those written hardest, that are held against each other: pairs grow by the square."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +39,14 @@ class Reads:
     Attributes:
         own: what its linear branch reads, by itself.
         donor: the donor's attention output in the same heads, without gradient.
+        phi_k: features of the keys; their norm is how hard each is written.
+        k: the keys themselves as maps see them, without gradient.
     """
 
     own: Float[Tensor, "B h P E"]
     donor: Float[Tensor, "B h P E"]
+    phi_k: Float[Tensor, "B M P F"]
+    k: Float[Tensor, "B M P D"]
 
     def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         """Squared error at the best scale, mean over heads and E, over the donor's mean square in that row.
@@ -49,6 +62,27 @@ class Reads:
         scale = (alike / size.clamp_min(tiny)).clamp(1 / LARGEST_SCALE, LARGEST_SCALE).detach()
         mean_square = self.donor.square().mean((1, 2, 3)).clamp_min(tiny)
         return (scale * self.own - self.donor).square().mean((1, 3)) / mean_square[:, None]
+
+    def crowding(self, trained: Bool[Tensor, "B P"]) -> Float[Tensor, "B P"]:
+        """How much of other keys' values a read at a key's own features would get, mean over states.
+
+        Of a key that is written, the sum of squared cosines with the features of all other keys that are
+        written, each as hard as it is; the same key again is no other (`ALIKE`, after the mean key is taken
+        off, as biases make all keys alike). Random directions in F dimensions have a mean square of 1 / F. Of
+        `WRITTEN` keys of a row, in units that make the mean over trained tokens that over written keys.
+        """
+        hardness = (self.phi_k.norm(dim=-1) * trained[:, None]).detach()
+        hardness, kept = hardness.topk(min(WRITTEN, hardness.shape[-1]), dim=-1)
+        phi, k = (x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1])) for x in (self.phi_k, self.k))
+        total = hardness.sum(-1, keepdim=True).clamp_min(LEAST_WRITTEN)
+        mean = (hardness[..., None] * k).sum(2, keepdim=True) / total[..., None]
+        unit, k = functional.normalize(phi, dim=-1), functional.normalize(k - mean, dim=-1)
+        with torch.autocast(phi.device.type, enabled=False):
+            cosines, alike = unit @ unit.mT, k @ k.mT >= ALIKE
+        others = hardness[..., None] * hardness[..., None, :] * ~alike
+        crowding = (cosines.square() * others).sum(-1) * (trained.sum(-1)[:, None, None] / total)
+        empty = torch.zeros(self.k.shape[:3], dtype=phi.dtype, device=phi.device)
+        return empty.scatter(2, kept, crowding).mean(1)
 
 
 def _of_linear_heads(mixer: HybridMixer, output: Tensor) -> Tensor:
@@ -111,7 +145,11 @@ def reads_of(model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[
     found = list[Reads]()
     for mixer in reading_mixers(model):
         inputs, donor = seen[mixer.layer_idx], wanted[mixer.layer_idx]
+        phi_q, phi_k = mixer.features(inputs)
         with torch.autocast(inputs.q.device.type, enabled=False):
-            own = _of_linear_heads(mixer, mixer.hybrid(inputs, branches=LINEAR_ALONE)[0])
-        found.append(Reads(own, donor.to(own.device)))
+            output, _ = mixer.hybrid(inputs, branches=LINEAR_ALONE, phi_q=phi_q, phi_k=phi_k)
+        own = _of_linear_heads(mixer, output)
+        k = mixer.linear_inputs(inputs).before_rotary().k.to(phi_k.dtype)
+        k = k.repeat_interleave(phi_k.shape[1] // k.shape[1], dim=1)  # a state may be of one query head
+        found.append(Reads(own, donor.to(own.device), phi_k[:, :, :-1], k[:, :, :-1]))
     return found
