@@ -46,6 +46,8 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
 NEXT_TOKEN_3 = {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0}
+OWN = {**NEXT_TOKEN_3, "keys-apart": 1.0}
+"""What the recipe's stage 2 learns from."""
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
 FAR_OUTPUT = objectives("transfer", "output", "far-output", "hybrid-output")
 FAST_GATES: Changes = both(FAR_OUTPUT, {"finetune": {"gate_learning_rate": None}})
@@ -105,12 +107,10 @@ ABLATIONS: Mapping[str, Changes] = {
     "four-sinks": {"allocation": {"fewer_sinks": False}},
     "no-summaries": NO_SUMMARIES,
     # what is learned from
-    "hidden-states": objectives(
-        "finetune", "distillation", "far-distillation", "far-reads", "next-token", "hidden-states"
-    ),
-    "next-token-1": WITH_NEXT_TOKEN,
+    "hidden-states": {"finetune": {"objectives": {**OWN, "hidden-states": 1.0}}},
+    "next-token-1": {"finetune": {"objectives": {**OWN, "next-token": 1.0}}},
     "next-token-3": {"finetune": {"objectives": NEXT_TOKEN_3}},
-    "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads"),
+    "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads", "keys-apart"),
     "predictions": both(
         objectives("transfer", "output"),
         objectives("finetune", "distillation", "far-distillation", "next-token"),
@@ -126,8 +126,9 @@ ABLATIONS: Mapping[str, Changes] = {
     "maps-frozen": objectives(  # reads teach nothing else
         "finetune", "distillation", "far-distillation", "next-token", train_maps=False
     ),
-    "apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 0.5}}},
-    "apart-2": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 2.0}}},
+    "no-keys-apart": {"finetune": {"objectives": NEXT_TOKEN_3}},
+    "half-apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 0.5}}},
+    "twice-apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 2.0}}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,

@@ -177,8 +177,8 @@ class FinetuneConfig(Schedule):
 
     objectives: dict[str, float] = Field(default_factory=lambda: {NEXT_TOKEN: 1.0})
     """Objectives and their weights in the sum: next-token, distillation (KL to the donor), far-distillation
-    (the same where windows are not enough), far-reads (what linear branches read there), hidden-states (after
-    each layer, the donor's)."""
+    (the same where windows are not enough), far-reads (what linear branches read there), keys-apart (features
+    of different keys they write), hidden-states (after each layer, the donor's)."""
     rank: int = Field(default=8, ge=1)
     """LoRA rank."""
     alpha: float = Field(default=16, gt=0)

@@ -147,7 +147,8 @@ class TestAgainstTheMethod:
         assert run.transfer.objectives == {"output": 1.0, "far-output": 1.0}  # nothing that gates learn from
         assert run.finetune is not None
         assert run.finetune.objectives == {
-            "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0,
+            "distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "keys-apart": 1.0,
+            "next-token": 3.0,
         }  # fmt: skip
         assert (layer.map_heads, layer.value_divisor, layer.rotary) == ("key_value", 2, "undone")
         assert (run.transfer.fit_scores, run.transfer.epochs, run.finetune.epochs) == (True, 0.02, 1)
