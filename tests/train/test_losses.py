@@ -54,17 +54,10 @@ def predictions(seed: int = 0) -> Predictions:
     return Predictions(drawn(), targets, references)
 
 
-def reads(own: Tensor, donor: Tensor, phi_k: Tensor | None = None, k: Tensor | None = None) -> Reads:
-    """What linear branches read and write, keys and their features the same where those do not matter."""
-    rows, _, tokens, _ = own.shape
-    phi_k = torch.ones(rows, 1, tokens, 2, dtype=own.dtype) if phi_k is None else phi_k
-    return Reads(own, donor, phi_k, torch.ones(rows, 1, tokens, 3, dtype=own.dtype) if k is None else k)
-
-
 def crowded(phi_k: Tensor, k: Tensor) -> Predictions:
     """The predictions above, of which one target is not trained on, with such keys."""
     nothing = torch.zeros(2, 1, 5, 1, dtype=F64)
-    return replace(predictions(), reads=[reads(nothing, nothing, phi_k, k)])
+    return replace(predictions(), reads=[Reads(nothing, nothing, phi_k, k)])
 
 
 def relative_entropy(of: Tensor, to: Tensor) -> Tensor:
@@ -114,17 +107,17 @@ class TestObjectives:
                 scale = min(max(float(alike / size), 0.1), 10.0)  # one below, where reads point elsewhere
                 error = (scale * own[b, h] - donor[b, h]).square().mean(-1) / donor[b].square().mean()
                 expected[b] += weight[b] * error / 3
-        found = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[reads(own, donor)]))
+        found = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(own, donor)]))
         torch.testing.assert_close(found, expected)
-        twice = replace(seen, reads=[reads(own, donor), reads(3 * donor, donor)])
+        twice = replace(seen, reads=[Reads(own, donor), Reads(3 * donor, donor)])
         torch.testing.assert_close(FINETUNE_OBJECTIVES["far-reads"].per_token(twice), expected / 2)
 
     def test_how_loud_reads_are_is_not_asked(self) -> None:
         seen, generator = predictions(), torch.Generator().manual_seed(3)
         own, donor = (torch.randn(2, 3, 5, 4, generator=generator, dtype=F64) for _ in range(2))
         own = (own + donor).requires_grad_()
-        error = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[reads(own, donor)]))
-        louder = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[reads(2 * own, donor)]))
+        error = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(own, donor)]))
+        louder = FINETUNE_OBJECTIVES["far-reads"].per_token(replace(seen, reads=[Reads(2 * own, donor)]))
         torch.testing.assert_close(error, louder)
         (grad,) = torch.autograd.grad(error.sum(), own)
         # along what would make all reads of one head of one row larger
@@ -276,15 +269,29 @@ class TestLoss:
         mixer, inputs = mixers_of(model)[0], seen["hybrid"][0]
         alone = mixer.hybrid(inputs, branches=Branches(window=False, reading="renormalised"))[0]
         donor = seen["softmax"][1]
-        asked_for = reads(alone[:, [1, 3], :-1], donor[:, [1, 3], :-1])
+        reads = Reads(alone[:, [1, 3], :-1], donor[:, [1, 3], :-1])
         batch = {"input_ids": tokens, "labels": tokens}
         with branches(model, "softmax"), torch.no_grad():
             known = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
         with branches(model, "window", reading="renormalised"), torch.no_grad(), adapters_disabled(model):
             near = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
-        asked = Predictions(known, tokens[:, 1:], {DONOR: known, WINDOWED_DONOR: near}, [asked_for])
+        asked = Predictions(known, tokens[:, 1:], {DONOR: known, WINDOWED_DONOR: near}, [reads])
         expected = FINETUNE_OBJECTIVES["far-reads"].per_token(asked).mean()
         torch.testing.assert_close(finetune_loss(model, batch, {"far-reads": 1.0}), expected)
+
+    def test_keys_are_those_that_states_write(self, model: Any) -> None:
+        tokens, found = random_tokens(2, 12), list[Tensor]()
+
+        def observer(mixer: Any, inputs: Any, output: Tensor) -> None:
+            phi_k, k = mixer.features(inputs)[1][:, :, :-1], mixer.linear_inputs(inputs).k[:, :, :-1]
+            reads = Reads(phi_k, phi_k, phi_k, k.repeat_interleave(phi_k.shape[1] // k.shape[1], 1))
+            found.append(reads.crowding(torch.ones(2, 11, dtype=torch.bool)).mean())
+
+        with torch.no_grad(), observe(model, observer):
+            model(tokens, use_cache=False)
+        expected = torch.stack(found).mean()
+        batch = {"input_ids": tokens, "labels": tokens}
+        torch.testing.assert_close(finetune_loss(model, batch, {"keys-apart": 1.0}), expected)
 
     def test_reads_are_asked_beside_who_observes_already(self, model: Any) -> None:
         tokens, seen = random_tokens(1, 12), list[str]()

@@ -83,12 +83,14 @@ class FinetuneObjective:
         per_token: from predictions to a loss per token [B, T - 1].
         needs: the references it looks at; each costs a forward pass.
         reads: whether it looks at `Predictions.reads`; costs the linear branch of a layer a second time.
+        keys: whether it looks at the keys in those, too; costs memory for their features.
         hidden: whether it looks at `Predictions.hidden`; costs the donor's pass, and memory for both.
     """
 
     per_token: Callable[[Predictions], Tensor]
     needs: Sequence[str] = ()
     reads: bool = False
+    keys: bool = False
     hidden: bool = False
 
 
@@ -96,12 +98,12 @@ FINETUNE_OBJECTIVES: Registry[FinetuneObjective] = Registry("fine-tuning objecti
 
 
 def finetune_objective(
-    name: str, *, needs: Sequence[str] = (), reads: bool = False, hidden: bool = False
+    name: str, *, needs: Sequence[str] = (), reads: bool = False, keys: bool = False, hidden: bool = False
 ) -> Callable[..., Any]:
     """Decorator that registers a function of `Predictions` as an objective."""
 
     def register(function: Callable[[Predictions], Tensor]) -> Callable[[Predictions], Tensor]:
-        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads, hidden))
+        FINETUNE_OBJECTIVES.register(name)(FinetuneObjective(function, needs, reads, keys, hidden))
         return function
 
     return register
@@ -145,7 +147,7 @@ def far_reads(predictions: Predictions) -> Tensor:
     return weights * torch.stack([reads.error(weights) for reads in predictions.reads]).mean(0)
 
 
-@finetune_objective("keys-apart", needs=(DONOR,), reads=True)
+@finetune_objective("keys-apart", needs=(DONOR,), reads=True, keys=True)
 def keys_apart(predictions: Predictions) -> Tensor:
     """Squared cosines of each written key's features with those of the other keys that are written.
 
@@ -240,7 +242,8 @@ def _predictions(
     more = {"output_hidden_states": True} if hidden else {}
     with linear_inputs(model) if reading else nullcontext({}) as seen:
         output: Any = model(**arguments, use_cache=False, **more)
-    reads = reads_of(model, seen, wanted) if reading else []
+    keys = any(objective.keys for objective in objectives)
+    reads = reads_of(model, seen, wanted, keys=keys) if reading else []
     pairs = zip(_after_layers(output), found[DONOR][1], strict=True) if hidden else ()
     references = {name: log_probs for name, (log_probs, _) in found.items()}
     return Predictions(

@@ -39,14 +39,14 @@ class Reads:
     Attributes:
         own: what its linear branch reads, by itself.
         donor: the donor's attention output in the same heads, without gradient.
-        phi_k: features of the keys; their norm is how hard each is written.
-        k: the keys themselves as maps see them, without gradient.
+        phi_k: features of the keys; their norm is how hard each is written. None unless an objective asks.
+        k: the keys themselves as maps see them, without gradient; None likewise.
     """
 
     own: Float[Tensor, "B h P E"]
     donor: Float[Tensor, "B h P E"]
-    phi_k: Float[Tensor, "B M P F"]
-    k: Float[Tensor, "B M P D"]
+    phi_k: Float[Tensor, "B M P F"] | None = None
+    k: Float[Tensor, "B M P D"] | None = None
 
     def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         """Squared error at the best scale, mean over heads and E, over the donor's mean square in that row.
@@ -71,6 +71,8 @@ class Reads:
         off, as biases make all keys alike). Random directions in F dimensions have a mean square of 1 / F. Of
         `WRITTEN` keys of a row, in units that make the mean over trained tokens that over written keys.
         """
+        assert self.phi_k is not None
+        assert self.k is not None
         hardness = (self.phi_k.norm(dim=-1) * trained[:, None]).detach()
         hardness, kept = hardness.topk(min(WRITTEN, hardness.shape[-1]), dim=-1)
         phi, k = (x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1])) for x in (self.phi_k, self.k))
@@ -136,8 +138,10 @@ def linear_inputs(model: nn.Module) -> Generator[dict[int, LayerInputs]]:
         yield found
 
 
-def reads_of(model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[int, Tensor]) -> list[Reads]:
-    """What linear branches read of such inputs, beside the donor's outputs.
+def reads_of(
+    model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[int, Tensor], *, keys: bool = False
+) -> list[Reads]:
+    """What linear branches read of such inputs, beside the donor's outputs; and the keys they write, if so.
 
     To be called after the pass, not by an observer in it: where activations are recomputed, a pass that does
     more than its repetition is refused by torch.
@@ -145,11 +149,14 @@ def reads_of(model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[
     found = list[Reads]()
     for mixer in reading_mixers(model):
         inputs, donor = seen[mixer.layer_idx], wanted[mixer.layer_idx]
-        phi_q, phi_k = mixer.features(inputs)
+        phi_q, phi_k = mixer.features(inputs) if keys else (None, None)  # else operators map, and keep less
         with torch.autocast(inputs.q.device.type, enabled=False):
             output, _ = mixer.hybrid(inputs, branches=LINEAR_ALONE, phi_q=phi_q, phi_k=phi_k)
         own = _of_linear_heads(mixer, output)
-        k = mixer.linear_inputs(inputs).before_rotary().k.to(phi_k.dtype)
-        k = k.repeat_interleave(phi_k.shape[1] // k.shape[1], dim=1)  # a state may be of one query head
-        found.append(Reads(own, donor.to(own.device), phi_k[:, :, :-1], k[:, :, :-1]))
+        k = None
+        if phi_k is not None:
+            phi_k = phi_k[:, :, :-1]
+            k = mixer.linear_inputs(inputs).before_rotary().k[:, :, :-1].to(phi_k.dtype)
+            k = k.repeat_interleave(phi_k.shape[1] // k.shape[1], dim=1)  # a state may be of one query head
+        found.append(Reads(own, donor.to(own.device), phi_k, k))
     return found
