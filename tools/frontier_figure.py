@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, FIGURES = DOCS / "results" / "frontier.jsonl", DOCS / "figures"
 RUNS = {
     "equipoise": "equipoise", "moved-heads:next-token-3": "windows by head, tuned",
-    "even:next-token": "windows, tuned", "heavy-hitters": "heavy hitters", "lolcats": "LoLCATs",
+    "even:next-token-3": "windows, tuned", "heavy-hitters": "heavy hitters", "lolcats": "LoLCATs",
     "hedgecats": "HedgeCATs", "ssd": "SSD", "even": "windows",
 }  # fmt: skip
 """What is drawn, in the order of the legend."""
