@@ -29,7 +29,6 @@ def objectives(stage: str, *names: str, **more: Any) -> Changes:
 
 
 COMPETING = hybrid(mixing="competing", gate_value=1 - 1.5e-8)
-ADDITIVE = hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token")
 NO_SUMMARIES: Changes = {"allocation": {"elsewhere": None}}
 TWICE: Changes = {"allocation": {"heads": 2}}
 ONE_WIDTH: Changes = both({"allocation": {"narrower": False}}, hybrid(feature_multiple=2))
@@ -46,6 +45,11 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
 NEXT_TOKEN_3 = {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0}
+KEYS_ANYHOW: Changes = {"finetune": {"objectives": NEXT_TOKEN_3}}
+ADDITIVE = both(
+    hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token"), KEYS_ANYHOW
+)
+"""Sums, of which a read gets every key's value by products of positive features, never 0: none is apart."""
 OWN = {**NEXT_TOKEN_3, "keys-apart": 1.0}
 """What the recipe's stage 2 learns from."""
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
@@ -83,7 +87,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "few": both(ONE_WIDTH, {"allocation": {"linear_share": 0.08}}),
     "single": both(ONE_WIDTH, {"allocation": {"linear_share": 0.045}}),
     "wide-single": both(WIDER, {"allocation": {"linear_share": 0.08}}),
-    # this, and next-token-3, are the recipe's own now: to be joined with as-of-29
+    # the recipe's own now: to be joined with as-of-29, and so is next-token-3
     "lookups": {"allocation": {"weigh_lookups": True, "least_importance": 0.25}},
     "mean-importance": {"allocation": {"weigh_lookups": False, "least_importance": 0.1}},
     "one-width": ONE_WIDTH,
@@ -101,7 +105,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "unfitted-scores": {"transfer": {"fit_scores": False}},
     "fixed-gate": hybrid(gate="fixed"),
     "per-token-gate": hybrid(gate="per_token"),
-    "rotated": hybrid(rotary="kept"),
+    "rotated": both(hybrid(rotary="kept"), KEYS_ANYHOW),  # a rotated key is not known when it comes again
     # where bytes go
     "even-windows": {},
     "four-sinks": {"allocation": {"fewer_sinks": False}},
@@ -109,24 +113,27 @@ ABLATIONS: Mapping[str, Changes] = {
     # what is learned from
     "hidden-states": {"finetune": {"objectives": {**OWN, "hidden-states": 1.0}}},
     "next-token-1": {"finetune": {"objectives": {**OWN, "next-token": 1.0}}},
-    "next-token-3": {"finetune": {"objectives": NEXT_TOKEN_3}},
+    "next-token-3": {"finetune": {"objectives": NEXT_TOKEN_3}},  # before there was keys-apart
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads", "keys-apart"),
     "predictions": both(
         objectives("transfer", "output"),
-        objectives("finetune", "distillation", "far-distillation", "next-token"),
+        {"finetune": {"objectives": {"distillation": 1.0, "far-distillation": 1.0, "next-token": 3.0}}},
     ),
     "no-far": both(
         objectives("transfer", "output"),
-        objectives("finetune", "distillation", "next-token"),
+        {"finetune": {"objectives": {"distillation": 1.0, "keys-apart": 1.0, "next-token": 3.0}}},
     ),
     "fast-gates": FAST_GATES,
     "gates-at-once": FAR_OUTPUT,
     "long-first": {},
     "twentieth-first": {},
-    "maps-frozen": objectives(  # reads teach nothing else
-        "finetune", "distillation", "far-distillation", "next-token", train_maps=False
-    ),
-    "no-keys-apart": {"finetune": {"objectives": NEXT_TOKEN_3}},
+    "maps-frozen": {
+        "finetune": {  # reads and keys teach nothing else
+            "objectives": {"distillation": 1.0, "far-distillation": 1.0, "next-token": 3.0},
+            "train_maps": False,
+        }
+    },
+    "no-keys-apart": KEYS_ANYHOW,
     "half-apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 0.5}}},
     "twice-apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 2.0}}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},

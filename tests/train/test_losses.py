@@ -29,7 +29,7 @@ from equipoise.train.losses import (
     finetune_loss,
     is_plain,
 )
-from equipoise.train.reads import Reads
+from equipoise.train.reads import Keys, Reads
 from equipoise.train.recipes import check_names
 from equipoise.train.stages import FinetuneTrainer, finetune, recomputing
 from equipoise.train.trainer import training_arguments
@@ -54,10 +54,12 @@ def predictions(seed: int = 0) -> Predictions:
     return Predictions(drawn(), targets, references)
 
 
-def crowded(phi_k: Tensor, k: Tensor) -> Predictions:
-    """The predictions above, of which one target is not trained on, with such keys."""
+def apart(phi_k: Tensor, k: Tensor, sequences: Tensor | None = None) -> Tensor:
+    """The objective keys-apart of the predictions above, with such keys."""
     nothing = torch.zeros(2, 1, 5, 1, dtype=F64)
-    return replace(predictions(), reads=[Reads(nothing, nothing, phi_k, k)])
+    sequences = torch.zeros(2, 5, dtype=torch.long) if sequences is None else sequences
+    seen = replace(predictions(), reads=[Reads(nothing, nothing, Keys(phi_k, k, sequences))])
+    return FINETUNE_OBJECTIVES["keys-apart"].per_token(seen)
 
 
 def relative_entropy(of: Tensor, to: Tensor) -> Tensor:
@@ -127,40 +129,50 @@ class TestObjectives:
         generator = torch.Generator().manual_seed(3)
         phi, k = (torch.randn(2, 2, 5, d, generator=generator, dtype=F64) for d in (3, 4))
         k[0, 1, 4] = k[0, 1, 1]  # the same key again
-        seen = crowded(phi, k)
-        hard = phi.norm(dim=-1) * (seen.targets != IGNORED_LABEL)[:, None]
+        sequences = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 0, -1]])  # the second row is shorter
+        hard = phi.norm(dim=-1) * (sequences >= 0)[:, None]
         expected = torch.zeros(2, 5, dtype=F64)
         for b, m, t, s in itertools.product(range(2), range(2), range(5), range(5)):
             if t == s or (b, m, {s, t}) == (0, 1, {1, 4}):
                 continue
             cosine = phi[b, m, t] @ phi[b, m, s] / (phi[b, m, t].norm() * phi[b, m, s].norm())
-            trained = int((seen.targets[b] != IGNORED_LABEL).sum())
-            expected[b, t] += cosine.square() * hard[b, m, t] * hard[b, m, s] * trained / hard[b, m].sum() / 2
-        torch.testing.assert_close(FINETUNE_OBJECTIVES["keys-apart"].per_token(seen), expected)
+            expected[b] += cosine.square() * hard[b, m, t] * hard[b, m, s] / hard[b, m].sum() / 2
+        torch.testing.assert_close(apart(phi, k, sequences), expected)
 
     def test_keys_apart_ask_neither_what_is_shared_by_all_keys_nor_how_hard_they_are_written(self) -> None:
         generator = torch.Generator().manual_seed(4)
         phi, k = (torch.randn(2, 1, 5, d, generator=generator, dtype=F64) for d in (3, 4))
         phi.requires_grad_()
-        found = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k))
-        biased = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k + 100))
-        torch.testing.assert_close(found, biased)
+        found = apart(phi, k)
+        torch.testing.assert_close(found, apart(phi, k + 100))
         (grad,) = torch.autograd.grad(found.sum(), phi)
         assert grad.any()
         torch.testing.assert_close((grad * phi).sum(-1), torch.zeros(2, 1, 5, dtype=F64))
-        apart = torch.eye(5, dtype=F64).expand(2, 1, 5, 5)
-        assert not FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(apart, k)).any()
-        assert not FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(0 * apart, k)).any()  # nothing written
+        different = torch.eye(5, dtype=F64).expand(2, 1, 5, 5)
+        assert not apart(different, k).any()
+        assert not apart(0 * different, k).any()  # nothing written
+        assert not apart(different[..., :1], k).any()  # one feature tells nothing apart
 
     def test_keys_apart_look_at_the_hardest_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = torch.Generator().manual_seed(5)
         phi, k = (torch.randn(2, 1, 5, d, generator=generator, dtype=F64) for d in (3, 4))
         phi[:, :, 3:] *= 1e-9
-        everything = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k))
+        everything = apart(phi, k)
         monkeypatch.setattr("equipoise.train.reads.WRITTEN", 3)
-        found = FINETUNE_OBJECTIVES["keys-apart"].per_token(crowded(phi, k))
-        assert not found[0, 3:].any()
-        torch.testing.assert_close(found, everything, rtol=0, atol=1e-6)
+        torch.testing.assert_close(apart(phi, k), everything, rtol=0, atol=1e-6)
+        monkeypatch.setattr("equipoise.train.reads.WRITTEN", 2)
+        assert (apart(phi, k) < everything - 1e-3).all()
+
+    def test_packed_sequences_are_kept_apart_by_themselves(self) -> None:
+        generator = torch.Generator().manual_seed(6)
+        phi, k = (torch.randn(2, 1, 5, d, generator=generator, dtype=F64) for d in (3, 4))
+        packed = apart(phi, k, torch.tensor([[7, 7, 7, 8, 8]] * 2))
+        parts = [apart(phi, k, torch.tensor([of] * 2)) for of in ([7, 7, 7, -1, -1], [-1, -1, -1, 8, 8])]
+        hard = [phi[:, 0, own].norm(dim=-1).sum(-1, keepdim=True) for own in (slice(3), slice(3, 5))]
+        expected = sum(part * of for part, of in zip(parts, hard, strict=True)) / sum(hard)
+        torch.testing.assert_close(packed, expected)
+        lone = apart(phi, k, torch.tensor([[0, 1, 2, 3, 4]] * 2))
+        assert not lone.any()
 
     def test_hidden_states_are_compared_in_units_of_each_token(self) -> None:
         seen, generator = predictions(), torch.Generator().manual_seed(3)
@@ -284,13 +296,17 @@ class TestLoss:
 
         def observer(mixer: Any, inputs: Any, output: Tensor) -> None:
             phi_k, k = mixer.features(inputs)[1][:, :, :-1], mixer.linear_inputs(inputs).k[:, :, :-1]
-            reads = Reads(phi_k, phi_k, phi_k, k.repeat_interleave(phi_k.shape[1] // k.shape[1], 1))
-            found.append(reads.crowding(torch.ones(2, 11, dtype=torch.bool)).mean())
+            sequences = torch.zeros(2, 11, dtype=torch.long)
+            sequences[1, :3] = -1
+            keys = Keys(phi_k, k.repeat_interleave(phi_k.shape[1] // k.shape[1], 1), sequences)
+            found.append(keys.crowding().mean())
 
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[1, :3] = 0
         with torch.no_grad(), observe(model, observer):
-            model(tokens, use_cache=False)
+            model(tokens, attention_mask=mask, use_cache=False)
         expected = torch.stack(found).mean()
-        batch = {"input_ids": tokens, "labels": tokens}
+        batch = {"input_ids": tokens, "labels": tokens, "attention_mask": mask}
         torch.testing.assert_close(finetune_loss(model, batch, {"keys-apart": 1.0}), expected)
 
     def test_reads_are_asked_beside_who_observes_already(self, model: Any) -> None:
@@ -401,7 +417,7 @@ class TestSettings:
 
     def test_far_reads_needs_a_linear_branch(self, recipe: Any) -> None:
         run = recipe(hybrid={"feature_map": None}, finetune={"objectives": {"far-reads": 1.0}}, transfer=None)
-        with pytest.raises(ConfigError, match=r"far-reads compares .* Set hybrid\.feature_map"):
+        with pytest.raises(ConfigError, match=r"far-reads looks .* Set hybrid\.feature_map"):
             check_names(run)
 
     def test_far_reads_needs_maps_that_train(self, recipe: Any) -> None:
@@ -410,9 +426,18 @@ class TestSettings:
             check_names(recipe(finetune=stage))
         check_names(recipe(finetune={**stage, "train_maps": True}))
 
+    def test_keys_apart_needs_a_window_and_keys_without_their_position(self, recipe: Any) -> None:
+        stage = {"objectives": {"keys-apart": 1.0}, "train_maps": True}
+        run = recipe(hybrid={"window": None}, finetune=stage)
+        with pytest.raises(ConfigError, match=r"keys-apart looks at linear branches beside a window"):
+            check_names(run)
+        with pytest.raises(ConfigError, match=r"keys-apart has to know a key that comes again"):
+            check_names(recipe(hybrid={"rotary": "kept"}, finetune=stage))
+        check_names(recipe(hybrid={"rotary": "undone", "overlap": True}, finetune=stage))
+
     def test_far_reads_of_windows_alone(self, hybrid: Any, recipe: Any) -> None:
         model, tokens = hybrid(recipe(hybrid={"feature_map": None})), random_tokens(1, 12)
-        with pytest.raises(ConversionError, match="far-reads compares what linear branches read"):
+        with pytest.raises(ConversionError, match="far-reads and keys-apart look at what"):
             finetune_loss(model, {"input_ids": tokens, "labels": tokens}, {"far-reads": 1.0})
 
     def test_far_distillation_needs_windows(self, recipe: Any) -> None:

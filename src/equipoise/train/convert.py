@@ -193,7 +193,7 @@ def _convert(
             highlight=False,
             soft_wrap=True,
         )
-    listened = {} if sharded or data is None else _listened(model, run, data, console)
+    listened = {} if sharded or data is None else _listened(model, data, console)
     settings = run.model_dump(mode="json")
     settings["data"]["source"] = absolute_source(run.data.source)  # an audit may start elsewhere
     record = RunRecord(
@@ -281,7 +281,7 @@ def _donor_loss(model: PreTrainedModel, run: RunConfig, data: TrainingData) -> f
         return mean_loss(model, data.held_out, batch_size=rows_at_once(run))
 
 
-def _listened(model: PreTrainedModel, run: RunConfig, data: TrainingData, console: Console) -> Heard:
+def _listened(model: PreTrainedModel, data: TrainingData, console: Console) -> Heard:
     """What is heard of the linear branches of a hybrid that has windows everywhere."""
     if not (mixers := mixers_of(model)) or any(mixer.config.window is None for mixer in mixers):
         return {}

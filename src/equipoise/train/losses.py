@@ -153,10 +153,13 @@ def keys_apart(predictions: Predictions) -> Tensor:
 
     A delta rule read at one key's features gets every other key's value by their cosine, so what a state
     tells apart is bounded by how far apart maps put the keys; predictions and reads leave that at what
-    random directions have (docs/research/02). `Reads.crowding` has the definition.
+    random directions have (docs/research/02). The same for all tokens of a row: `Keys.crowding`, the mean
+    over layers, but for those whose states have one feature, which tell nothing apart.
     """
-    trained = predictions.targets != IGNORED_LABEL
-    return torch.stack([reads.crowding(trained) for reads in predictions.reads]).mean(0)
+    asked = [reads.keys for reads in predictions.reads if reads.keys and reads.keys.phi_k.shape[-1] > 1]
+    rows = [keys.crowding().to(predictions.logits.device) for keys in asked]
+    apart = torch.stack(rows).mean(0) if rows else predictions.logits.new_zeros(len(predictions.logits))
+    return apart[:, None].expand(predictions.targets.shape)
 
 
 @finetune_objective("hidden-states", needs=(DONOR,), hidden=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,20 +33,55 @@ WRITTEN = 256
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What the states of one layer write.
+
+    Attributes:
+        phi_k: features; their norm is how hard a key is written.
+        k: the keys themselves as maps see them, without gradient.
+        sequences: which of a row's packed sequences a token is of; -1 for padding.
+    """
+
+    phi_k: Float[Tensor, "B M P F"]
+    k: Float[Tensor, "B M P D"]
+    sequences: Int[Tensor, "B P"]
+
+    def crowding(self) -> Float[Tensor, " B"]:
+        """How much of other keys' values a read at a key's own features would get, mean over states.
+
+        Of each key, the sum of squared cosines with the features of the others of its sequence, every one as
+        hard as it is written; then the mean over keys, those counting as hard as they are written too. The
+        same key again is no other (`ALIKE`, after the sequence's mean key is taken off, as biases make all
+        keys alike). Random directions in F dimensions have a mean square of 1 / F. Of `WRITTEN` keys a row.
+        """
+        hardness = (self.phi_k.norm(dim=-1) * (self.sequences >= 0)[:, None]).detach()
+        hardness, kept = hardness.topk(min(WRITTEN, hardness.shape[-1]), dim=-1)
+        phi, k = (x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1])) for x in (self.phi_k, self.k))
+        of = self.sequences[:, None].expand_as(self.phi_k[..., 0]).gather(2, kept)
+        together = (of[..., None] == of[..., None, :]) * hardness[..., None, :]
+        unit = functional.normalize(phi, dim=-1)
+        with torch.autocast(phi.device.type, enabled=False):
+            mean = together @ k / together.sum(-1, keepdim=True).clamp_min(LEAST_WRITTEN)
+            centred = functional.normalize(k - mean, dim=-1)
+            cosines, alike = unit @ unit.mT, centred @ centred.mT >= ALIKE
+        alike |= torch.eye(alike.shape[-1], dtype=torch.bool, device=alike.device)
+        crowding = (cosines.square() * (hardness[..., None] * together).masked_fill(alike, 0)).sum((-1, -2))
+        return (crowding / hardness.sum(-1).clamp_min(LEAST_WRITTEN)).mean(1)
+
+
+@dataclass(frozen=True)
 class Reads:
     """Of one layer.
 
     Attributes:
         own: what its linear branch reads, by itself.
         donor: the donor's attention output in the same heads, without gradient.
-        phi_k: features of the keys; their norm is how hard each is written. None unless an objective asks.
-        k: the keys themselves as maps see them, without gradient; None likewise.
+        keys: what its states write; None unless an objective asks.
     """
 
     own: Float[Tensor, "B h P E"]
     donor: Float[Tensor, "B h P E"]
-    phi_k: Float[Tensor, "B M P F"] | None = None
-    k: Float[Tensor, "B M P D"] | None = None
+    keys: Keys | None = None
 
     def error(self, weights: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
         """Squared error at the best scale, mean over heads and E, over the donor's mean square in that row.
@@ -62,29 +97,6 @@ class Reads:
         scale = (alike / size.clamp_min(tiny)).clamp(1 / LARGEST_SCALE, LARGEST_SCALE).detach()
         mean_square = self.donor.square().mean((1, 2, 3)).clamp_min(tiny)
         return (scale * self.own - self.donor).square().mean((1, 3)) / mean_square[:, None]
-
-    def crowding(self, trained: Bool[Tensor, "B P"]) -> Float[Tensor, "B P"]:
-        """How much of other keys' values a read at a key's own features would get, mean over states.
-
-        Of a key that is written, the sum of squared cosines with the features of all other keys that are
-        written, each as hard as it is; the same key again is no other (`ALIKE`, after the mean key is taken
-        off, as biases make all keys alike). Random directions in F dimensions have a mean square of 1 / F. Of
-        `WRITTEN` keys of a row, in units that make the mean over trained tokens that over written keys.
-        """
-        assert self.phi_k is not None
-        assert self.k is not None
-        hardness = (self.phi_k.norm(dim=-1) * trained[:, None]).detach()
-        hardness, kept = hardness.topk(min(WRITTEN, hardness.shape[-1]), dim=-1)
-        phi, k = (x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1])) for x in (self.phi_k, self.k))
-        total = hardness.sum(-1, keepdim=True).clamp_min(LEAST_WRITTEN)
-        mean = (hardness[..., None] * k).sum(2, keepdim=True) / total[..., None]
-        unit, k = functional.normalize(phi, dim=-1), functional.normalize(k - mean, dim=-1)
-        with torch.autocast(phi.device.type, enabled=False):
-            cosines, alike = unit @ unit.mT, k @ k.mT >= ALIKE
-        others = hardness[..., None] * hardness[..., None, :] * ~alike
-        crowding = (cosines.square() * others).sum(-1) * (trained.sum(-1)[:, None, None] / total)
-        empty = torch.zeros(self.k.shape[:3], dtype=phi.dtype, device=phi.device)
-        return empty.scatter(2, kept, crowding).mean(1)
 
 
 def _of_linear_heads(mixer: HybridMixer, output: Tensor) -> Tensor:
@@ -102,8 +114,8 @@ def reading_mixers(model: nn.Module) -> list[HybridMixer]:
     found = rivals(converted_mixers(model))
     if not found:
         raise ConversionError(
-            "expected a layer with a window and a linear branch, as the objective far-reads compares what "
-            "linear branches read: leave it out where all layers have windows only."
+            "expected a layer with a window and a linear branch, as far-reads and keys-apart look at what "
+            "linear branches read and write: leave them out where all layers have windows only."
         )
     return found
 
@@ -153,10 +165,17 @@ def reads_of(
         with torch.autocast(inputs.q.device.type, enabled=False):
             output, _ = mixer.hybrid(inputs, branches=LINEAR_ALONE, phi_q=phi_q, phi_k=phi_k)
         own = _of_linear_heads(mixer, output)
-        k = None
-        if phi_k is not None:
-            phi_k = phi_k[:, :, :-1]
-            k = mixer.linear_inputs(inputs).before_rotary().k[:, :, :-1].to(phi_k.dtype)
-            k = k.repeat_interleave(phi_k.shape[1] // k.shape[1], dim=1)  # a state may be of one query head
-        found.append(Reads(own, donor.to(own.device), phi_k, k))
+        found.append(Reads(own, donor.to(own.device), None if phi_k is None else _keys(mixer, inputs, phi_k)))
     return found
+
+
+def _keys(mixer: HybridMixer, inputs: LayerInputs, phi_k: Tensor) -> Keys:
+    """Of the P tokens that another follows."""
+    k = mixer.linear_inputs(inputs).before_rotary().k.to(phi_k.dtype)
+    k = k.repeat_interleave(phi_k.shape[1] // k.shape[1], dim=1)  # a state may be of one query head
+    sequences = inputs.segment_ids
+    if sequences is None:
+        sequences = torch.zeros(k.shape[0], k.shape[2], dtype=torch.long, device=k.device)
+    if inputs.key_mask is not None:
+        sequences = sequences.masked_fill(~inputs.key_mask, -1)
+    return Keys(phi_k[:, :, :-1], k[:, :, :-1], sequences[:, :-1])

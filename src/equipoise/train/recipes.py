@@ -64,13 +64,25 @@ def check_names(run: RunConfig) -> None:
         reading = [name for name in run.finetune.objectives if FINETUNE_OBJECTIVES[name].reads]
         if reading and (run.hybrid is None or run.hybrid.feature_map is None):
             raise ConfigError(
-                f"finetune.objectives: {', '.join(reading)} compares what linear branches read, and this "
+                f"finetune.objectives: {', '.join(reading)} looks at what linear branches read, and this "
                 "hybrid has none. Set hybrid.feature_map, or take far-distillation."
             )
         if reading and not run.finetune.train_maps:
             raise ConfigError(
                 f"finetune.objectives: {', '.join(reading)} teaches feature maps and nothing else, and "
                 "finetune.train_maps is false. Set it to true, or leave the objective out."
+            )
+        if reading and run.hybrid is not None and run.hybrid.window is None:
+            raise ConfigError(
+                f"finetune.objectives: {', '.join(reading)} looks at linear branches beside a window, and "
+                "this hybrid has none. Set hybrid.window, or take distillation."
+            )
+        apart = [name for name in reading if FINETUNE_OBJECTIVES[name].keys]
+        if apart and run.hybrid is not None and run.hybrid.rotary == "kept":
+            raise ConfigError(
+                f"finetune.objectives: {', '.join(apart)} has to know a key that comes again, and with "
+                "hybrid.rotary kept it is another one at every position. Set hybrid.rotary to undone, or "
+                "name the other objectives without it."
             )
         needed = {need for name in run.finetune.objectives for need in FINETUNE_OBJECTIVES[name].needs}
         if WINDOWED_DONOR in needed and (run.hybrid is None or run.hybrid.window is None):
