@@ -45,9 +45,9 @@ DPFP = both(PREDICTIONS, hybrid(feature_map="dpfp"))
 UNIT = both(PREDICTIONS, hybrid(feature_map="unit", feature_multiple=1, write_gate="per_token"))
 """And before that: linear features, in two heads at the bytes of one."""
 NEXT_TOKEN_3 = {"distillation": 1.0, "far-distillation": 1.0, "far-reads": 1.0, "next-token": 3.0}
-KEYS_ANYHOW: Changes = {"finetune": {"objectives": NEXT_TOKEN_3}}
+NO_KEYS_APART: Changes = {"finetune": {"objectives": NEXT_TOKEN_3}}
 ADDITIVE = both(
-    hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token"), KEYS_ANYHOW
+    hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token"), NO_KEYS_APART
 )
 """Sums, of which a read gets every key's value by products of positive features, never 0: none is apart."""
 OWN = {**NEXT_TOKEN_3, "keys-apart": 1.0}
@@ -105,7 +105,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "unfitted-scores": {"transfer": {"fit_scores": False}},
     "fixed-gate": hybrid(gate="fixed"),
     "per-token-gate": hybrid(gate="per_token"),
-    "rotated": both(hybrid(rotary="kept"), KEYS_ANYHOW),  # a rotated key is not known when it comes again
+    "rotated": both(hybrid(rotary="kept"), NO_KEYS_APART),  # a rotated key is not known when it comes again
     # where bytes go
     "even-windows": {},
     "four-sinks": {"allocation": {"fewer_sinks": False}},
@@ -113,7 +113,7 @@ ABLATIONS: Mapping[str, Changes] = {
     # what is learned from
     "hidden-states": {"finetune": {"objectives": {**OWN, "hidden-states": 1.0}}},
     "next-token-1": {"finetune": {"objectives": {**OWN, "next-token": 1.0}}},
-    "next-token-3": {"finetune": {"objectives": NEXT_TOKEN_3}},  # before there was keys-apart
+    "next-token-3": NO_KEYS_APART,  # as it was called before there was keys-apart
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads", "keys-apart"),
     "predictions": both(
         objectives("transfer", "output"),
@@ -133,9 +133,9 @@ ABLATIONS: Mapping[str, Changes] = {
             "train_maps": False,
         }
     },
-    "no-keys-apart": KEYS_ANYHOW,
-    "half-apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 0.5}}},
-    "twice-apart": {"finetune": {"objectives": {**NEXT_TOKEN_3, "keys-apart": 2.0}}},
+    "no-keys-apart": NO_KEYS_APART,
+    "half-apart": {"finetune": {"objectives": {**OWN, "keys-apart": 0.5}}},
+    "twice-apart": {"finetune": {"objectives": {**OWN, "keys-apart": 2.0}}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,

@@ -54,8 +54,11 @@ def figures(of: Sequence[Entry], rival: Sequence[Entry], edge: int, length: int)
     """Cells of one run."""
     yield str(len(of))
     yield f"{np.mean([entry['both']['nll'] for entry in of]):.3f}"
-    apart = likelihoods_less(of, [entry["both"]["nll"] for entry in rival]) if rival else []
-    yield signed(in_words(interval(apart))) if rival and of is not rival else ""
+    if rival and of is not rival:
+        apart = likelihoods_less(of, [entry["both"]["nll"] for entry in rival])
+        yield signed(in_words(interval(apart)))
+    else:
+        yield ""
     yield f"{recall(of, 'both', (0, edge))[0]:.3f}"
     for state in ("both", "more", "linear alone"):
         asked = all(state in entry for entry in of)

@@ -32,7 +32,7 @@ def gated(recipe: Any, hybrid: Any, **settings: Any) -> Any:
 
 def test_it_is_weighed_by_the_square_of_what_windows_lose(recipe: Any, hybrid: Any, rows: Any) -> None:
     model, some = gated(recipe, hybrid), [rows[i] for i in range(3)]
-    found = heard(model, some, batch_size=2)
+    found = heard(model, some)
     assert {layer: set(of) for layer, of in found.items()} == {0: {1, 3}, 1: {1, 3}}
     assert found[1][3] == pytest.approx(0, abs=1e-6)
 

@@ -42,7 +42,7 @@ def part_of(mixer: HybridMixer, inputs: LayerInputs) -> Float[Tensor, "B h T"]:
 
 
 @torch.no_grad()
-def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_size: int = 1) -> Heard:
+def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]]) -> Heard:
     """How much of each head's output is its linear branch's, on average over tokens.
 
     Tokens weigh by the square of how far windows alone lead the donor astray there, KL in nats, as in the
@@ -50,8 +50,8 @@ def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_si
 
     Args:
         model: converted, with a window in every converted layer; unchanged when the call returns.
-        rows: packed rows (see `equipoise.data.packing`).
-        batch_size: rows at a time; of each, predictions of two models are held beside one another.
+        rows: packed rows (see `equipoise.data.packing`), looked at one by one: of each, predictions over the
+            whole vocabulary are held twice.
 
     Returns:
         Layers with both branches, but for means of the past where others look things up; nothing where
@@ -63,8 +63,8 @@ def heard(model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], *, batch_si
     sums, total, count = {mixer: torch.zeros(0) for mixer in asked}, 0.0, 0
     with untouched(model):
         model.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = collate(list(rows[start : start + batch_size]))
+        for row in rows:
+            batch = collate([row])
             arguments = {name: t.to(model.device) for name, t in batch.items() if name != "labels"}
             weights = astray(model, arguments).square().cpu()
             total, count = total + float(weights.sum()), count + weights.numel()

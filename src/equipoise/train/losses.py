@@ -156,8 +156,8 @@ def keys_apart(predictions: Predictions) -> Tensor:
     random directions have (docs/research/02). The same for all tokens of a row: `Keys.crowding`, the mean
     over layers, but for those whose states have one feature, which tell nothing apart.
     """
-    asked = [reads.keys for reads in predictions.reads if reads.keys and reads.keys.phi_k.shape[-1] > 1]
-    rows = [keys.crowding().to(predictions.logits.device) for keys in asked]
+    written = [reads.keys for reads in predictions.reads if reads.keys is not None]
+    rows = [keys.crowding().to(predictions.logits.device) for keys in written if keys.phi_k.shape[-1] > 1]
     apart = torch.stack(rows).mean(0) if rows else predictions.logits.new_zeros(len(predictions.logits))
     return apart[:, None].expand(predictions.targets.shape)
 

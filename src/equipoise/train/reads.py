@@ -54,7 +54,7 @@ class Keys:
         same key again is no other (`ALIKE`, after the sequence's mean key is taken off, as biases make all
         keys alike). Random directions in F dimensions have a mean square of 1 / F. Of `WRITTEN` keys a row.
         """
-        hardness = (self.phi_k.norm(dim=-1) * (self.sequences >= 0)[:, None]).detach()
+        hardness = self.phi_k.detach().norm(dim=-1).masked_fill((self.sequences < 0)[:, None], 0)
         hardness, kept = hardness.topk(min(WRITTEN, hardness.shape[-1]), dim=-1)
         phi, k = (x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1])) for x in (self.phi_k, self.k))
         of = self.sequences[:, None].expand_as(self.phi_k[..., 0]).gather(2, kept)
@@ -153,7 +153,7 @@ def linear_inputs(model: nn.Module) -> Generator[dict[int, LayerInputs]]:
 def reads_of(
     model: nn.Module, seen: Mapping[int, LayerInputs], wanted: Mapping[int, Tensor], *, keys: bool = False
 ) -> list[Reads]:
-    """What linear branches read of such inputs, beside the donor's outputs; and the keys they write, if so.
+    """What linear branches read of such inputs, beside the donor's outputs; and what they write, if ``keys``.
 
     To be called after the pass, not by an observer in it: where activations are recomputed, a pass that does
     more than its repetition is refused by torch.
