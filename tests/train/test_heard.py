@@ -30,7 +30,10 @@ def gated(recipe: Any, hybrid: Any, **settings: Any) -> Any:
     return model.eval()
 
 
-def test_it_is_weighed_by_the_square_of_what_windows_lose(recipe: Any, hybrid: Any, rows: Any) -> None:
+def test_it_is_weighed_by_the_square_of_what_windows_lose(
+    recipe: Any, hybrid: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("equipoise.train.losses.AT_ONCE", 5)  # several pieces a row, and a rest
     model, some = gated(recipe, hybrid), [rows[i] for i in range(3)]
     found = heard(model, some)
     assert {layer: set(of) for layer, of in found.items()} == {0: {1, 3}, 1: {1, 3}}

@@ -151,7 +151,7 @@ class TestObjectives:
         different = torch.eye(5, dtype=F64).expand(2, 1, 5, 5)
         assert not apart(different, k).any()
         assert not apart(0 * different, k).any()  # nothing written
-        assert not apart(different[..., :1], k).any()  # one feature tells nothing apart
+        assert not apart(torch.ones(2, 1, 5, 1, dtype=F64), k).any()  # one feature tells nothing apart
 
     def test_keys_apart_look_at_the_hardest_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -296,17 +296,17 @@ class TestLoss:
 
         def observer(mixer: Any, inputs: Any, output: Tensor) -> None:
             phi_k, k = mixer.features(inputs)[1][:, :, :-1], mixer.linear_inputs(inputs).k[:, :, :-1]
-            sequences = torch.zeros(2, 11, dtype=torch.long)
-            sequences[1, :3] = -1
+            sequences = segments[:, :-1].masked_fill(mask[:, :-1] == 0, -1)
             keys = Keys(phi_k, k.repeat_interleave(phi_k.shape[1] // k.shape[1], 1), sequences)
             found.append(keys.crowding().mean())
 
-        mask = torch.ones(2, 12, dtype=torch.long)
-        mask[1, :3] = 0
+        mask, segments = torch.ones(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+        mask[1, :3], segments[0, 5:] = 0, 1
+        arguments = {"input_ids": tokens, "attention_mask": mask, "segment_ids": segments}
         with torch.no_grad(), observe(model, observer):
-            model(tokens, attention_mask=mask, use_cache=False)
+            model(**arguments, use_cache=False)
         expected = torch.stack(found).mean()
-        batch = {"input_ids": tokens, "labels": tokens, "attention_mask": mask}
+        batch = {**arguments, "labels": tokens}
         torch.testing.assert_close(finetune_loss(model, batch, {"keys-apart": 1.0}), expected)
 
     def test_reads_are_asked_beside_who_observes_already(self, model: Any) -> None:
