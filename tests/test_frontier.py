@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from equipoise.train.recipes import load_recipe
@@ -66,13 +67,27 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
         assert run.finetune is not None
         assert (run.transfer.max_steps or 0) + (run.finetune.max_steps or 0) == frontier.STEPS
         assert run.allocation is None  # shared out once, before
-        assert run.finetune.learning_rate == 5e-4
+        assert run.finetune.learning_rate == {"half-rate": 2.5e-4, "twice-rate": 1e-3}.get(name, 5e-4)
     settings = [
         load_recipe(*frontier.settings_of(name, DEMO)).hybrid
         for name in ("equipoise", "full-writes", "unit-maps")
     ]
     assert [of.write_gate for of in settings if of is not None] == ["quadratic", "none", "per_token"]
     assert [of.features(32) for of in settings if of is not None] == [128, 128, 32]
+
+
+def test_windows_are_tuned_at_other_rates(frontier: Any) -> None:
+    plain, twice = frontier.tuning_of("next-token-3"), frontier.tuning_of("next-token-3@2")
+    assert twice == {**plain, "learning_rate": 2 * plain["learning_rate"]}
+    assert plain["objectives"] == {"distillation": 1.0, "next-token": 3.0}
+    own = frontier.settings_of("twice-rate", DEMO)[1]["finetune"]["learning_rate"]
+    assert own == twice["learning_rate"]
+
+
+@pytest.mark.parametrize("how", ["next-token-9", "next-token-3@", "tuned@twice", "tuned@0", "tuned@-1"])
+def test_a_tuning_that_is_none_is_refused(frontier: Any, how: str) -> None:
+    with pytest.raises(typer.BadParameter, match="expected one of tuned, next-token, next-token-3"):
+        frontier.tuning_of(how)
 
 
 def test_ablations_can_be_joined(frontier: Any) -> None:

@@ -75,6 +75,25 @@ TUNING: Mapping[str, Mapping[str, float]] = {
 """What windows alone learn from, and its weights, by what stands behind the colon of a run's name."""
 
 
+def tuning_of(how: str) -> dict[str, Any]:
+    """Settings of stage 2 for windows alone, ``next-token-3@2`` with twice the rate of LoRA.
+
+    Raises:
+        BadParameter: no tuning has that name, or what follows the @ is not a positive number.
+    """
+    objectives, at, times = how.partition("@")
+    try:
+        rate = float(times if at else 1) * SCALE["finetune"]["learning_rate"]
+    except ValueError:
+        rate = 0.0
+    if objectives not in TUNING or not 0 < rate < 1:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(TUNING)}, @ and by how much its learning rate is multiplied behind "
+            f"it or not, got {how!r}."
+        )
+    return {**SCALE["finetune"], "learning_rate": rate, "objectives": dict(TUNING[objectives])}
+
+
 def even(tokens: int) -> HybridConfig:
     """Windows and sinks, the same in every layer."""
     return HybridConfig(window=tokens - SINKS, sinks=SINKS, feature_map=None)
@@ -263,8 +282,7 @@ def made(
         if not how:
             return hybridize(loaded(at), config, check=False), None
         hybrid = config.model_dump(mode="json")
-        tuned = {**SCALE["finetune"], "max_steps": steps, "objectives": dict(TUNING[how])}
-        settings = {"hybrid": hybrid, "finetune": tuned}
+        settings = {"hybrid": hybrid, "finetune": {**tuning_of(how), "max_steps": steps}}
         return converted(at, settings, "swa-sinks", seed, steps, console), None
     recipe, settings = settings_of(f"{base}{OF_OLD}" if of_old else base, at, steps)
     changes = changes_of(base)

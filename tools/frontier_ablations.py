@@ -136,6 +136,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "no-keys-apart": NO_KEYS_APART,
     "half-apart": {"finetune": {"objectives": {**OWN, "keys-apart": 0.5}}},
     "twice-apart": {"finetune": {"objectives": {**OWN, "keys-apart": 2.0}}},
+    "half-rate": {"finetune": {"learning_rate": 2.5e-4}},  # of LoRA; maps and gates have their own
+    "twice-rate": {"finetune": {"learning_rate": 1e-3}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,
