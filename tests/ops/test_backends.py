@@ -31,7 +31,7 @@ STATES = [
 ]
 GRID = list(
     itertools.product(
-        ("convex", "shared"), (True, False), ("none", "left", "holes"), (False, True), (True, False),
+        ("convex", "shared", "calibrated"), (True, False), ("none", "left", "holes"), (False, True), (True, False),
         (True, False), (1, 37, 150), (1, 5, 20), (None, 3.0),
     )
 )  # fmt: skip
@@ -67,7 +67,9 @@ class Setting:
             "per head": normal(4, 1, seed=3).sigmoid(),
             "per token": normal(2, 4, self.length).sigmoid(),
         }
-        self.gate: Any = gates[case["gate"]]  # fmt: skip
+        self.gate: Any = gates[case["gate"]]
+        if case["mixing"] == "calibrated":  # whose gate is a score
+            self.gate = 8 * self.gate - 4
         self.sink_logits = normal(4, seed=8) if case["sink"] else None
         self.options = {name: case[name] for name in ("mixing", "overlap", "window", "softcap", "branches")}
 
@@ -170,8 +172,9 @@ def decode(
 @pytest.mark.parametrize("window", [2, 5, 25])
 @pytest.mark.parametrize("per_kv_head", [True, False])
 @pytest.mark.parametrize("tensors", [True, False])
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("mixing", ["convex", "shared"])
+@pytest.mark.parametrize(
+    ("mixing", "overlap"), [*itertools.product(("convex", "shared"), (True, False)), ("calibrated", True)]
+)
 def test_decoding_step(
     mixing: str, overlap: bool, tensors: bool, per_kv_head: bool, window: int, padding: str
 ) -> None:
@@ -194,7 +197,7 @@ def test_decoding_step(
 @pytest.mark.skipif(native_step.NATIVE is None, reason="the C extension was not built: no compiler")
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("mixing", ["convex", "shared"])
+@pytest.mark.parametrize("mixing", ["convex", "shared", "calibrated"])
 def test_compiled_step_in_bfloat16(
     mixing: str, softcap: float | None, sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +238,8 @@ def test_a_state_is_only_changed_when_it_is_given_away() -> None:
         ({"sinks": 2}, "sinks"),
         ({"mixing": "shared", "branches": Branches(False, True)}, "switched off"),
         ({"overlap": False, "branches": Branches(False, True, "renormalised")}, "renormalised"),
+        ({"mixing": "calibrated", "overlap": False}, "mixing 'calibrated' of disjoint attention"),
+        ({"mixing": "competing"}, "mixing 'competing'"),
     ],
 )
 def test_what_stream_leaves_to_walk(

@@ -267,6 +267,7 @@ class HybridMixer(nn.Module):
                 "sinks": mode.sinks, "scale": inputs.scale, "softcap": inputs.softcap,
                 "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
                 "sink_logits": inputs.sink_logits, "initial_state": state, "output_final_state": keep_state,
+                "reuse_state": reuse_state and not torch.is_grad_enabled(),
             }  # fmt: skip
             if mode.head_windows is not None:
                 return head_windows_attention(
@@ -369,6 +370,7 @@ class HybridMixer(nn.Module):
             # of softmax's denominator: linear attention alone has none that it could join
             "sink_logits": None if window is None else inputs.sink_logits,
             "initial_state": state, "output_final_state": keep_state,
+            "reuse_state": reuse_state and not torch.is_grad_enabled(),
         }  # fmt: skip
         if state is None and not keep_state and window is not None and _window_alone(branches):
             phi_q = phi_k = linear_heads = common["branches"] = None  # nothing else is computed
@@ -392,8 +394,7 @@ class HybridMixer(nn.Module):
             )  # fmt: skip
         return hybrid_attention(
             inputs.q, inputs.k, inputs.v, phi_q, phi_k, window=window, mixing=config.mixing,
-            layout=config.layout, overlap=config.overlap,
-            reuse_state=reuse_state and not torch.is_grad_enabled(), **common,
+            layout=config.layout, overlap=config.overlap, **common,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -88,6 +88,7 @@ def subset_attention(
     sink_logits: Float[Tensor, " H"] | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
+    reuse_state: bool = False,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
     """`hybrid_attention` over all keys with its linear branch in h of the H heads.
 
@@ -116,6 +117,7 @@ def subset_attention(
             q, k, v, phi_q, phi_k, window=window, mixing=mixing, layout=layout, gate=gate, scale=scale,
             softcap=softcap, key_mask=key_mask, segment_ids=segment_ids, branches=branches, sinks=sinks,
             sink_logits=sink_logits, initial_state=initial_state, output_final_state=output_final_state,
+            reuse_state=reuse_state,
         )  # fmt: skip
     apart = mixing == "convex" or update == "delta"  # a mean of two results, of which one is there already
     read = read_by(heads, q.shape[1] // k.shape[1], map_heads)
@@ -126,7 +128,10 @@ def subset_attention(
     seen: dict[str, Any] = {
         **common, "window": window, "layout": layout, "scale": scale, "softcap": softcap, "sinks": sinks,
     }  # fmt: skip
-    near, window_state = window_attention(q, k, v, sink_logits=sink_logits, initial_state=parts[0], **seen)
+    near, window_state = window_attention(
+        q, k, v, sink_logits=sink_logits, initial_state=parts[0],
+        reuse_state=reuse_state and apart and mixing == "convex", **seen,  # else it is read once more
+    )  # fmt: skip
     index, chosen = torch.tensor(heads, device=q.device), heads_of(heads, q, k, v, map_heads)
     share = _of_heads(gate, q, index)
     if apart:
@@ -232,7 +237,8 @@ def _split(
         return window, replace(state, **chosen, sink_keys=sinks[0], sink_values=sinks[1])
     last = slice(-1, None)
     linear = AttentionState(
-        keys=state.keys[:, index, last], values=state.values[:, index, last], valid=state.valid[:, last],
+        keys=state.keys[:, index, last], values=state.values[:, index, last],
+        valid=state.valid[:, last].clone(),  # the window's may be moved on in place
         segments=None if state.segments is None else state.segments[:, last],
         **{name: getattr(state, name) for name in _LINEAR_FIELDS},
     )  # fmt: skip

@@ -53,6 +53,7 @@ def head_windows_attention(
     sink_logits: Float[Tensor, " H"] | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
+    reuse_state: bool = False,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
     """`subset_attention` with a window for each of the N key/value heads, which its query heads share.
 
@@ -80,7 +81,7 @@ def head_windows_attention(
         phi_q, phi_k = _features(*heads_of(heads, q, k, v, map_heads)[:2], phi_q, phi_k)
     common: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "key_mask": key_mask, "segment_ids": segment_ids, "sinks": sinks,
-        "output_final_state": output_final_state,
+        "output_final_state": output_final_state, "reuse_state": reuse_state,
     }  # fmt: skip
     outs: list[Tensor] = []
     after: list[AttentionState | None] = []  # not list[...](): torch.compile cannot trace that

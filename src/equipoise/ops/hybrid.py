@@ -110,12 +110,13 @@ def window_attention(
     sink_logits: Float[Tensor, " H"] | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
+    reuse_state: bool = False,
 ) -> tuple[Float[Tensor, "B H T E"], AttentionState | None]:
     """Softmax attention over the last ``window`` tokens and the sinks; arguments as in `hybrid_attention`."""
     return hybrid_attention(
         q, k, v, None, None, window=window, layout=layout, scale=scale, softcap=softcap, key_mask=key_mask,
         segment_ids=segment_ids, sinks=sinks, sink_logits=sink_logits, initial_state=initial_state,
-        output_final_state=output_final_state,
+        output_final_state=output_final_state, reuse_state=reuse_state,
     )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ def _load() -> ModuleType | None:
 
 
 NATIVE: Any = _load()
+MIXINGS = ("convex", "shared", "calibrated")
+"""In the order of the numbers they have in C."""
 
 
 def supports(call: Call) -> bool:
@@ -35,16 +37,22 @@ def supports(call: Call) -> bool:
     state = call.state
     if NATIVE is None or state is None or not call.reuse_state or call.q.device.type != "cpu":
         return False
-    total, normalizer, folded, keys, values = (
-        state.linear_state, state.linear_normalizer, state.folded, state.keys, state.values
-    )  # fmt: skip
-    if total is None or normalizer is None or folded is None or state.features is not None:
-        return False
     dtype = call.q.dtype
     return (
         (dtype is torch.float32 or dtype is torch.bfloat16)
-        and call.k.dtype is call.v.dtype is keys.dtype is values.dtype is dtype
-        and total.dtype is normalizer.dtype is torch.float32
+        and call.k.dtype is call.v.dtype is state.keys.dtype is state.values.dtype is dtype
+        and (torch.is_inference_mode_enabled() or not state.keys.is_inference())
+        and (call.phi_k is None or _has_sums(state))
+    )
+
+
+def _has_sums(state: AttentionState) -> bool:
+    """Whether S and z are there, of types and a size that C takes."""
+    total, normalizer, folded = state.linear_state, state.linear_normalizer, state.folded
+    if total is None or normalizer is None or folded is None or state.features is not None:
+        return False
+    return (
+        total.dtype is normalizer.dtype is torch.float32
         and folded.dtype is torch.int64
         and (torch.get_num_threads() == 1 or total.numel() <= LARGEST)
         and (torch.is_inference_mode_enabled() or not total.is_inference())
@@ -58,38 +66,44 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
     """
     assert call.state is not None
     state = _contiguous(call.state)
-    total, normalizer, folded = state.linear_state, state.linear_normalizer, state.folded
-    assert total is not None
-    assert normalizer is not None
-    assert folded is not None
     batch, heads, _, size = call.q.shape
     _, kv_heads, history, value_size = state.values.shape
-    memories, features = total.shape[1], total.shape[2]
-    q, k, v, phi_q = _plain(call.q), call.k.contiguous(), call.v.contiguous(), _map(call.phi_q, call.q)
-    if call.lagging:
-        fold_phi, fold_v = (
-            _map(call.phi_k, state.keys[:, :, :1]),
-            state.values[:, :, :1].to(torch.float32, copy=True).contiguous(),
-        )
-        fold_phi = fold_phi * state.valid[:, None, :1, None]
-    else:
-        fold_phi, fold_v = _map(call.phi_k, call.k), _plain(v)
-    gate, weight = _gate(call)
+    q, k, v = _plain(call.q), call.k.contiguous(), call.v.contiguous()
+    linear = _linear(call, state, v)
+    memories, features = (0, 0) if linear is None else linear[3].shape[1:3]
+    far = (0,) * 6 if linear is None else tuple(tensor.data_ptr() for tensor in linear)
+    gate, weight = (None, 1.0) if linear is None else _gate(call)
     out = torch.empty(batch, heads, 1, value_size)
     sink = None if call.sink_logits is None else _plain(call.sink_logits)
     NATIVE.step(
         (batch, kv_heads, heads // kv_heads, memories, history, size, value_size, features),
         (
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), phi_q.data_ptr(), fold_phi.data_ptr(),
-            fold_v.data_ptr(), 0 if gate is None else gate.data_ptr(), state.keys.data_ptr(),
-            state.values.data_ptr(), state.valid.data_ptr(), total.data_ptr(), normalizer.data_ptr(),
-            folded.data_ptr(), out.data_ptr(),
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), *far[:3], 0 if gate is None else gate.data_ptr(),
+            state.keys.data_ptr(), state.values.data_ptr(), state.valid.data_ptr(), *far[3:], out.data_ptr(),
         ),
         (call.scale, call.softcap or 0.0, EPSILON, weight),
-        (call.q.dtype is torch.bfloat16, call.lagging, call.mixing == "shared"),
+        (call.q.dtype is torch.bfloat16, call.lagging, MIXINGS.index(call.mixing)),
         0 if sink is None else sink.data_ptr(),
     )  # fmt: skip
     return (out if call.q.dtype is torch.float32 else out.to(call.q.dtype)), state
+
+
+def _linear(call: Call, state: AttentionState, v: Tensor) -> tuple[Tensor, ...] | None:
+    """phi(q), phi(k) and v of the key to be folded, S, z and the count of keys; None for a window alone."""
+    if call.phi_k is None:
+        return None
+    total, normalizer, folded = state.linear_state, state.linear_normalizer, state.folded
+    assert total is not None
+    assert normalizer is not None
+    assert folded is not None
+    if call.lagging:
+        fold_phi, fold_v = (
+            _map(call.phi_k, state.keys[:, :, :1]) * state.valid[:, None, :1, None],
+            state.values[:, :, :1].to(torch.float32, copy=True).contiguous(),
+        )
+    else:
+        fold_phi, fold_v = _map(call.phi_k, call.k), _plain(v)
+    return _map(call.phi_q, call.q), fold_phi, fold_v, total, normalizer, folded
 
 
 def _contiguous(state: AttentionState) -> AttentionState:
@@ -97,7 +111,7 @@ def _contiguous(state: AttentionState) -> AttentionState:
     tensors = (
         state.keys, state.values, state.valid, state.linear_state, state.linear_normalizer, state.folded,
     )  # fmt: skip
-    if all(tensor is not None and tensor.is_contiguous() for tensor in tensors):
+    if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         return state
     return state.map(torch.Tensor.contiguous)
 

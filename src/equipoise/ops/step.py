@@ -25,9 +25,8 @@ def supports(call: Call) -> bool:
         and call.segment_ids is None
         and call.window is not None
         and call.window > 1
-        and call.phi_k is not None
         and call.branches.window is True
-        and call.branches.linear is True
+        and (call.branches.linear is True or call.phi_k is None)
     )
 
 
@@ -38,6 +37,9 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
     keys, values = torch.cat([state.keys, call.k], 2), torch.cat([state.values, call.v], 2)
     valid = torch.cat([state.valid, state.valid.new_ones(batch, 1)], 1)
     window, mass = _window(call, keys, values, valid, dtype)
+    kept: dict[str, Tensor] = {"keys": keys[:, :, 1:], "values": values[:, :, 1:], "valid": valid[:, 1:]}
+    if call.phi_k is None:
+        return window.to(call.q.dtype), replace(state, **kept)
     if call.lagging:  # the key that leaves the window is for the next token to see
         linear = _linear(call, state.linear_state, state.linear_normalizer, dtype)
         seen = state.folded
@@ -47,16 +49,16 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         linear, seen = _linear(call, total, normalizer, dtype), None
     out = _mix(call, window, mass, linear, seen, dtype)
     after = replace(
-        state, keys=keys[:, :, 1:], values=values[:, :, 1:], valid=valid[:, 1:], linear_state=total,
-        linear_normalizer=normalizer, folded=folded, features=features,
-    )  # fmt: skip
+        state, linear_state=total, linear_normalizer=normalizer, folded=folded, features=features, **kept
+    )
     return out.to(call.q.dtype), after
 
 
 def _window(
     call: Call, keys: Tensor, values: Tensor, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax over the window [B, H, 1, E]; the sum of its exponentials where the denominator is shared."""
+    """Softmax over the window [B, H, 1, E]; and, where both branches have one denominator, the sum of its
+    exponentials: ``shared`` of scores less the largest, ``calibrated`` its logarithm [B, H, 1, 1]."""
     batch, heads, _, size = call.q.shape
     groups = keys.shape[1]
     queries = call.q.to(dtype).reshape(batch * groups, heads // groups, size)
@@ -71,9 +73,12 @@ def _window(
     probabilities = scores.softmax(-1)
     seen = probabilities[..., : keys.shape[2]]  # all but the sink's: its value is 0
     out = torch.bmm(seen, values.to(dtype).flatten(0, 1)).view(batch, heads, 1, -1)
-    if call.mixing != "shared":
+    if call.mixing == "convex":
         return out, None
-    return out, (1 / probabilities.amax(-1)).view(batch, heads, 1, 1)
+    mass = 1 / probabilities.amax(-1)  # the largest has weight 1 in it
+    if call.mixing == "calibrated":
+        mass = mass.log_().add_(scores.amax(-1))
+    return out, mass.view(batch, heads, 1, 1)
 
 
 def _linear(
@@ -97,6 +102,9 @@ def _mix(
     gate = torch.as_tensor(call.gate, dtype=dtype, device=window.device).expand(*window.shape[:2], 1)[
         ..., None
     ]
+    if mass is not None and call.mixing == "calibrated":
+        total = denominator.clamp_min(EPSILON)
+        return torch.lerp(numerator.div_(total), window, torch.sigmoid(mass - gate - total.log()))
     if mass is not None:
         factor = gate * mass
         return window.mul_(factor).add_(numerator).div_(_safe(denominator.add_(factor)))

@@ -43,8 +43,10 @@ def unsupported(call: Call) -> str | None:
         return f"one branch of mixing {call.mixing!r} switched off"
     if call.lagging and not both and call.branches.reading == "renormalised":
         return "one branch of disjoint attention renormalised"
-    if call.mixing not in ("convex", "shared"):
+    if call.mixing not in ("convex", "shared", "calibrated"):
         return f"mixing {call.mixing!r}"
+    if call.mixing == "calibrated" and call.lagging:
+        return "mixing 'calibrated' of disjoint attention"
     return None
 
 
@@ -62,7 +64,8 @@ class Stream:
         self.lag = self.history if call.lagging else 0
         mask = call.key_mask
         self.queries, self.keys, self.values = (self._clean(x, mask) for x in (call.q, call.k, call.v))
-        self.shared = call.mixing == "shared" and call.window is not None and call.phi_k is not None
+        both = call.window is not None and call.phi_k is not None
+        self.shared, self.calibrated = (both and call.mixing == name for name in ("shared", "calibrated"))
         self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
 
     def _tokens(self) -> Tokens:
@@ -79,6 +82,11 @@ class Stream:
     def _clean(tensor: Tensor, mask: Tensor | None) -> Tensor:
         """What stands in padding may be anything, NaN included."""
         return tensor if mask is None else tensor.masked_fill(~mask[:, None, :, None], 0)
+
+    @property
+    def joint(self) -> bool:
+        """Whether both branches have one denominator."""
+        return self.shared or self.calibrated
 
     # ---- slices
 

@@ -18,11 +18,12 @@ from torch.autograd.function import once_differentiable
 from equipoise.ops.mix import EPSILON
 from equipoise.ops.stream import Stream, Weights
 from equipoise.ops.stream_forward import (
+    WindowWeights,
     attend,
     linear_sums,
     mixing_weights,
     rows_of,
-    window_mass,
+    scale_factors,
     window_weights,
 )
 from equipoise.ops.stream_sums import Sums, group, safe, spread
@@ -120,8 +121,8 @@ class _Backward:
         for rows in self.stream.chunks():
             part = self.stream.row_slice(rows)
             grad = self.grad[:, :, part].to(self.stream.dtype)
-            if self.stream.shared:
-                self._shared(rows, grad, sums)
+            if self.stream.joint:
+                self._joint(rows, grad, sums)
                 continue
             if self.stream.call.window is not None and self.weights.window is not None:
                 self._window(rows, grad, attention=attention)
@@ -136,29 +137,28 @@ class _Backward:
         stream, part = self.stream, self.stream.row_slice(rows)
         assert self.weights.window is not None
         assert self.weight_window is not None
-        probabilities, queries, slope, keys, values = window_weights(stream, rows)
+        seen = window_weights(stream, rows)
+        probabilities, values = seen.probabilities, seen.values
         out = torch.bmm(probabilities, values)
         add_rows(self.weight_window, part, (grad * out.view_as(grad)).sum(-1, keepdim=True))
         pulled = group(grad * rows_of(self.weights.window, part), stream.kv_heads)
         self._add_window_values(rows, torch.bmm(probabilities.mT, pulled))
         if attention:
             slopes = torch.bmm(pulled, values.mT).sub_((pulled * out).sum(-1, keepdim=True))
-            self._scores(rows, slopes.mul_(probabilities), slope, queries, keys)
+            self._scores(rows, slopes.mul_(probabilities), seen)
 
-    def _scores(
-        self, rows: slice, slopes: Tensor, softcap: Tensor | None, queries: Tensor, keys: Tensor
-    ) -> None:
+    def _scores(self, rows: slice, slopes: Tensor, seen: WindowWeights) -> None:
         """Gradients of queries, keys and sink logits from those of the scores [B * N, H / N * c, X]."""
         stream = self.stream
         if self.sink_logits is not None:
             self.sink_logits += slopes[..., -1].reshape(stream.batch, stream.heads, -1).sum((0, 2))
             slopes = slopes[..., :-1]
-        if softcap is not None:
-            slopes = slopes * softcap
-        pulled = torch.bmm(slopes, keys).mul_(stream.call.scale)
+        if seen.slope is not None:
+            slopes = slopes * seen.slope
+        pulled = torch.bmm(slopes, seen.keys).mul_(stream.call.scale)
         part = self.q[:, :, stream.row_slice(rows)]
         part += pulled.view(part.shape)
-        self._add(self.k, stream.band(rows), torch.bmm(slopes.mT, queries))
+        self._add(self.k, stream.band(rows), torch.bmm(slopes.mT, seen.queries))
 
     def _add_window_values(self, rows: slice, part: Tensor) -> None:
         """Gradients of the window's values [B * N, X, E]; the sink's, which come last, go nowhere."""
@@ -260,15 +260,46 @@ class _Backward:
 
     # ---- one denominator for both
 
-    def _shared(self, rows: slice, grad: Tensor, sums: Sums) -> None:
+    def _joint(self, rows: slice, grad: Tensor, sums: Sums) -> None:
         stream, part = self.stream, self.stream.row_slice(rows)
         assert self.weights.window is not None
-        assert self.weight_window is not None
-        probabilities, queries, slope, keys, values = window_weights(stream, rows)
-        mass = window_mass(stream, probabilities)
-        gamma = rows_of(self.weights.window, part)
-        summed = torch.bmm(probabilities, values).view_as(grad) * mass
+        seen, gate = window_weights(stream, rows), rows_of(self.weights.window, part)
+        mass = seen.mass(stream)
+        summed = torch.bmm(seen.probabilities, seen.values).view_as(grad) * mass
         near = _Near(stream, rows, sums, self.memories)
+        rule = self._shared if stream.shared else self._calibrated
+        rule(rows, grad, sums, seen, near, gate, mass, summed)
+
+    def _calibrated(
+        self, rows: slice, grad: Tensor, sums: Sums, seen: WindowWeights, near: _Near, gate: Tensor,
+        mass: Tensor, summed: Tensor,
+    ) -> None:  # fmt: skip
+        """The factors of `scale_factors` cancel in the output but for exp(l), so r has no gradient."""
+        stream, part = self.stream, self.stream.row_slice(rows)
+        assert self.weight_window is not None
+        assert seen.top is not None
+        window, far = scale_factors(seen.top, gate, near.denominator)
+        total = near.denominator.clamp_min(EPSILON)
+        divisor = window * mass + far * total
+        numerators = grad / divisor
+        along = (numerators * near.numerator).sum(-1, keepdim=True)
+        drift = -((numerators * summed).sum(-1, keepdim=True) * window + along * far) / divisor
+        add_rows(self.weight_window, part, far * (along + drift * total))
+        exponentials = seen.probabilities * group(mass * window, stream.kv_heads)
+        pulled = group(numerators, stream.kv_heads)
+        self._add_window_values(rows, torch.bmm(exponentials.mT, pulled))
+        slopes = torch.bmm(pulled, seen.values.mT).add_(group(drift, stream.kv_heads)).mul_(exponentials)
+        self._scores(rows, slopes, seen)
+        denominators = (far * drift).masked_fill_(near.denominator < EPSILON, 0)
+        self._near(rows, near, far * numerators, denominators, sums)
+
+    def _shared(
+        self, rows: slice, grad: Tensor, sums: Sums, seen: WindowWeights, near: _Near, gamma: Tensor,
+        mass: Tensor, summed: Tensor,
+    ) -> None:  # fmt: skip
+        stream, part = self.stream, self.stream.row_slice(rows)
+        assert self.weight_window is not None
+        probabilities, values = seen.probabilities, seen.values
         denominator = gamma * mass + near.denominator
         divisor = safe(denominator)
         numerators = grad / divisor
@@ -282,7 +313,7 @@ class _Backward:
         slopes.mul_(exponentials)
         largest = (probabilities == probabilities.amax(-1, keepdim=True)).to(slopes.dtype)
         slopes -= largest / largest.sum(-1, keepdim=True) * slopes.sum(-1, keepdim=True)
-        self._scores(rows, slopes, slope, queries, keys)
+        self._scores(rows, slopes, seen)
         self._near(rows, near, numerators, denominators, sums)
 
 

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from equipoise.ops.mix import EPSILON
 from equipoise.ops.stream import Stream, Weights
 from equipoise.ops.stream_plain import Plain, is_plain
 from equipoise.ops.stream_sums import Sums, group, safe, sink_column, spread
 from equipoise.ops.types import AttentionState, Call
 
 
-def window_weights(stream: Stream, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """(softmax [B * N, H / N * c, X], scaled queries, d score / d product or None, keys, values) of a chunk.
+@dataclass(frozen=True)
+class WindowWeights:
+    """The window of a chunk. Where there are sink logits the softmax has a last column for them, and the
+    values a last row of zeros.
 
-    The scores themselves are what a mixing rule with a shared denominator needs; see `window_mass`. Where
-    there are sink logits the softmax has a last column for them, and the values a last row of zeros.
+    Attributes:
+        probabilities: the softmax [B * N, H / N * c, X].
+        queries: scaled [B * N, H / N * c, D].
+        slope: d score / d product; None without a softcap.
+        keys, values: [B * N, X, D], [B * N, X, E].
+        top: the largest score of a row [B, H, c, 1]; None where no mixing rule asks for it.
     """
+
+    probabilities: Tensor
+    queries: Tensor
+    slope: Tensor | None
+    keys: Tensor
+    values: Tensor
+    top: Tensor | None
+
+    def mass(self, stream: Stream) -> Tensor:
+        """Sum over the window of exp(score - largest score) [B, H, c, 1]: the largest has weight 1 in it."""
+        mass = 1 / self.probabilities.amax(-1, keepdim=True)
+        return mass.view(stream.batch, stream.heads, -1, 1)
+
+
+def window_weights(stream: Stream, rows: slice) -> WindowWeights:
+    """What a chunk's queries make of the keys in their windows."""
     call, band = stream.call, stream.band(rows)
     keys, values = stream.key_values(band)
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
@@ -38,7 +63,10 @@ def window_weights(stream: Stream, rows: slice) -> tuple[Tensor, Tensor, Tensor 
     if sink is not None:
         scores = torch.cat([scores, sink], -1)
         values = functional.pad(values, (0, 0, 0, 1))
-    return scores.softmax(-1), queries, slope, keys, values
+    top = None
+    if stream.calibrated:
+        top = scores.amax(-1, keepdim=True).view(stream.batch, stream.heads, -1, 1)
+    return WindowWeights(scores.softmax(-1), queries, slope, keys, values, top)
 
 
 def linear_sums(
@@ -85,8 +113,8 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
 
 
 def mixing_weights(stream: Stream) -> Weights:
-    """The branches' weights; where they share a denominator, gamma as the window's."""
-    if not stream.shared:
+    """The branches' weights; where they have one denominator, the rule's gate as the window's."""
+    if not stream.joint:
         return stream.weights()
     gate = torch.as_tensor(stream.call.gate, dtype=stream.dtype, device=stream.call.q.device)
     return Weights(gate.expand(stream.batch, stream.heads, stream.length)[..., None], None)
@@ -104,19 +132,18 @@ def attend(stream: Stream, sums: Sums, weights: Weights) -> tuple[Tensor, tuple[
             sizes = plain.run(rows, sums, out)
             continue
         part = stream.row_slice(rows)
-        window = linear = mass = None
+        window = linear = seen = None
         if call.window is not None and weights.window is not None:
-            probabilities, _, _, _, values = window_weights(stream, rows)
-            window = torch.bmm(probabilities, values).view(*shape[:2], -1, shape[3])
-            mass = window_mass(stream, probabilities) if stream.shared else None
+            seen = window_weights(stream, rows)
+            window = torch.bmm(seen.probabilities, seen.values).view(*shape[:2], -1, shape[3])
         if call.phi_k is not None:
             linear, sizes = _linear(stream, rows, sums)
-        if mass is not None:
+        if stream.joint:
             assert window is not None
             assert linear is not None
+            assert seen is not None
             assert weights.window is not None
-            factor = rows_of(weights.window, part) * mass
-            mixed = window.mul_(factor).add_(linear[0]).div_(safe(factor + linear[1]))
+            mixed = _joint(stream, seen, window, linear, rows_of(weights.window, part))
         else:
             mixed = _convex(window, linear, weights, part)
         if mixed is None:
@@ -144,10 +171,30 @@ def _linear(stream: Stream, rows: slice, sums: Sums) -> tuple[tuple[Tensor, Tens
     return (numerator.view(new), denominator.view(new)), (memories, features.shape[-1])
 
 
-def window_mass(stream: Stream, probabilities: Tensor) -> Tensor:
-    """Sum over the window of exp(score - largest score) [B, H, c, 1]: the largest has weight 1 in it."""
-    mass = 1 / probabilities.amax(-1, keepdim=True)
-    return mass.view(stream.batch, stream.heads, -1, 1)
+def _joint(
+    stream: Stream, seen: WindowWeights, window: Tensor, linear: tuple[Tensor, Tensor], gate: Tensor
+) -> Tensor:
+    """The mix under one denominator; the window's output is scratch and changes."""
+    numerator, denominator = linear
+    mass = seen.mass(stream)
+    if stream.shared:
+        factor = gate * mass
+        return window.mul_(factor).add_(numerator).div_(safe(factor + denominator))
+    assert seen.top is not None
+    near, far = scale_factors(seen.top, gate, denominator)
+    near *= mass
+    mixed = window.mul_(near).add_(numerator * far)
+    return mixed.div_(near.add_(denominator.clamp_min(EPSILON).mul_(far)))
+
+
+def scale_factors(top: Tensor, gate: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+    """(exp(m - r), exp(l - r)): what the sums of `calibrated` mixing are multiplied by, in new memory.
+
+    r is the larger of the window's largest score m and l + log z, l the gate and z linear attention's
+    denominator: then neither sum overflows, and together they are 1 at least.
+    """
+    reference = torch.maximum(top, gate + denominator.clamp_min(EPSILON).log())
+    return (top - reference).exp_(), (gate - reference).exp_()
 
 
 def _convex(

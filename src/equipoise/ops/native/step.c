@@ -24,7 +24,7 @@
 #endif
 
 typedef struct {
-    Py_ssize_t batch, kv_heads, groups, memories, history, size, value_size, features;
+    Py_ssize_t batch, kv_heads, groups, memories, history, size, value_size, features; /* memories 0: a window alone */
     const float *q, *phi_q, *gate, *fold_phi, *fold_v; /* gate: a number per head, or NULL for `weight` */
     const float *sink; /* score per head of attending to nothing, or NULL */
     const void *k, *v;
@@ -33,8 +33,10 @@ typedef struct {
     float *total, *normalizer, *out, *scratch;
     int64_t *folded; /* per row of the batch: keys in the sums */
     float scale, softcap, epsilon, weight;
-    int half, lagging, shared;
+    int half, lagging, mixing;
 } Step;
+
+enum { CONVEX, SHARED, CALIBRATED };
 
 INLINE float widen(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -122,7 +124,8 @@ INLINE void sums(const Step *s, const float *w, const void *rows, Py_ssize_t at,
         float_sums(w, (const float *)rows + at * s->value_size, n, s->value_size, out);
 }
 
-/* The window's softmax of query head h over `history` kept tokens and the new one: out [E], returns the mass. */
+/* The window's softmax of query head h over `history` kept tokens and the new one: out [E]; returns the sum of the
+ * exponentials of scores less the largest, or, for calibrated mixing, the logarithm of that of the scores. */
 INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, Py_ssize_t h, float *restrict out) {
     const Py_ssize_t E = s->value_size, R = s->history, at = b * s->kv_heads + n;
     const uint8_t *restrict valid = s->valid + b * R;
@@ -144,7 +147,7 @@ INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, Py_ssize_t h, flo
     sums(s, scores + R, s->v, at, 1, out);
     const float over = 1 / mass;
     for (Py_ssize_t e = 0; e < E; e++) out[e] *= over;
-    return mass;
+    return s->mixing == CALIBRATED ? top + logf(mass) : mass;
 }
 
 /* S and z of one memory take in a key: `phi` [F], `value` [E]. */
@@ -215,7 +218,14 @@ INLINE void mix(const Step *s, Py_ssize_t b, Py_ssize_t at, const float *restric
                 const float *restrict far, float sum) {
     const Py_ssize_t E = s->value_size;
     float *restrict out = s->out + at * E, gate = s->gate ? s->gate[at] : s->weight;
-    if (s->shared) {
+    if (s->mixing == CALIBRATED) {
+        const float total = sum > s->epsilon ? sum : s->epsilon, apart = mass - gate - logf(total);
+        const float smaller = exponential(-fabsf(apart)), larger = 1 / (1 + smaller);
+        const float share = apart > 0 ? larger : smaller * larger, rest = (1 - share) / total;
+        for (Py_ssize_t e = 0; e < E; e++) out[e] = share * near[e] + rest * far[e];
+        return;
+    }
+    if (s->mixing == SHARED) {
         const float factor = gate * mass, over = 1 / floored(sum + factor, s->epsilon);
         for (Py_ssize_t e = 0; e < E; e++) out[e] = (factor * near[e] + far[e]) * over;
         return;
@@ -228,12 +238,16 @@ INLINE void mix(const Step *s, Py_ssize_t b, Py_ssize_t at, const float *restric
 /* All query heads of one key head, n of row b. Its keys and values move on while they are in the first cache. */
 INLINE void key_head(const Step *s, Py_ssize_t b, Py_ssize_t n) {
     const Py_ssize_t H = s->kv_heads * s->groups, E = s->value_size, F = s->features, R = s->history, G = s->groups;
-    const Py_ssize_t own = s->memories / s->kv_heads, share = H / s->memories;
+    const Py_ssize_t own = s->memories / s->kv_heads, share = s->memories ? H / s->memories : 0;
     float *far = s->scratch + R + 1, *near = far + E, *mass = near + G * E;
     for (Py_ssize_t g = 0; g < G; g++)
         mass[g] = window(s, b, n, n * G + g, near + g * E);
     shift(s->keys, b * s->kv_heads + n, R, s->size, s->k, s->half);
     shift(s->values, b * s->kv_heads + n, R, E, s->v, s->half);
+    if (!s->memories) {
+        memcpy(s->out + (b * H + n * G) * E, near, sizeof(float) * (size_t)(G * E));
+        return;
+    }
     const float *value = s->fold_v + (b * s->kv_heads + n) * E;
     for (Py_ssize_t m = n * own; m < (n + 1) * own; m++) {
         float *total = s->total + (b * s->memories + m) * F * E;
@@ -256,7 +270,7 @@ CLONES static void run(const Step *s) {
     const Py_ssize_t R = s->history;
     for (Py_ssize_t b = 0; b < s->batch; b++) {
         for (Py_ssize_t n = 0; n < s->kv_heads; n++) key_head(s, b, n);
-        s->folded[b] += s->lagging ? s->valid[b * R] : 1;
+        if (s->memories) s->folded[b] += s->lagging ? s->valid[b * R] : 1;
         memmove(s->valid + b * R, s->valid + b * R + 1, (size_t)(R - 1));
         s->valid[(b + 1) * R - 1] = 1;
     }
@@ -266,9 +280,9 @@ static PyObject *step(PyObject *self, PyObject *args) {
     Step s;
     unsigned long long p[14], sink = 0;
     int ok = PyArg_ParseTuple(
-        args, "(nnnnnnnn)(KKKKKKKKKKKKKK)(ffff)(ppp)|K", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
+        args, "(nnnnnnnn)(KKKKKKKKKKKKKK)(ffff)(ppi)|K", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
         &s.size, &s.value_size, &s.features, &p[0], &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9],
-        &p[10], &p[11], &p[12], &p[13], &s.scale, &s.softcap, &s.epsilon, &s.weight, &s.half, &s.lagging, &s.shared, &sink);
+        &p[10], &p[11], &p[12], &p[13], &s.scale, &s.softcap, &s.epsilon, &s.weight, &s.half, &s.lagging, &s.mixing, &sink);
     (void)self;
     if (!ok) return NULL;
     s.q = (const float *)(uintptr_t)p[0];
