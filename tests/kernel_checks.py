@@ -17,6 +17,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 RULES: tuple[dict[str, Any], ...] = (
     {"mixing": "convex"},
     {"mixing": "shared", "overlap": False, "packed": True, "maps": 1, "softcap": 3.0},
+    {"mixing": "calibrated", "packed": True, "maps": 1},
 )
 """A setting of each mixing rule, the second with everything else in it too."""
 
@@ -32,7 +33,8 @@ def lengths_and_mixings() -> list[Any]:
             },
             id=f"{mixing}-{'overlap' if overlap else 'disjoint'}-{length}",
         )
-        for mixing in ("convex", "shared") for overlap in (True, False) for length in (1, 63, 130)
+        for mixing in ("convex", "shared", "calibrated") for overlap in (True, False) for length in (1, 63, 130)
+        if overlap or mixing != "calibrated"
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.ops import Branches, dispatch, hybrid_attention, native_step, walk
+from equipoise.ops import Branches, dispatch, hybrid_attention, native_step, walk, window_attention
 from equipoise.ops.dispatch import BackendError, backend
 from equipoise.registry import UnknownNameError
 from support import PositiveMap, attention_inputs, normal, padding_mask, segments_of
@@ -32,10 +32,12 @@ STATES = [
 GRID = list(
     itertools.product(
         ("convex", "shared", "calibrated"), (True, False), ("none", "left", "holes"), (False, True), (True, False),
-        (True, False), (1, 37, 150), (1, 5, 20), (None, 3.0),
+        (True, False), (1, 37, 150), (1, 5, 20), (None, 3.0), (0, 3),
     )
 )  # fmt: skip
-NAMES = ["mixing", "overlap", "padding", "packed", "tensors", "per_kv_head", "length", "window", "softcap"]
+NAMES = [
+    "mixing", "overlap", "padding", "packed", "tensors", "per_kv_head", "length", "window", "softcap", "sinks",
+]  # fmt: skip
 
 
 def sample(count: int, seed: int) -> list[Any]:
@@ -71,7 +73,8 @@ class Setting:
         if case["mixing"] == "calibrated":  # whose gate is a score
             self.gate = 8 * self.gate - 4
         self.sink_logits = normal(4, seed=8) if case["sink"] else None
-        self.options = {name: case[name] for name in ("mixing", "overlap", "window", "softcap", "branches")}
+        chosen = ("mixing", "overlap", "window", "softcap", "branches", "sinks")
+        self.options = {name: case[name] for name in chosen}
 
     def call(
         self, part: slice, q: Tensor, k: Tensor, v: Tensor, gate: Any, **more: Any
@@ -128,12 +131,12 @@ def assert_equal(ours: list[Tensor], general: list[Tensor]) -> None:
 
 def check(case: dict[str, Any]) -> None:
     setting = Setting(case)
-    try:
-        ours = setting.split("stream")
-    except BackendError:  # left to the general path; `test_what_stream_leaves_to_walk` lists why
-        return
-    assert_equal(ours, setting.split("walk"))
-    assert_equal(setting.gradients("stream"), setting.gradients("walk"))
+    for way in (setting.split, setting.gradients):
+        try:
+            ours = way("stream")
+        except BackendError:  # left to the general path; `test_what_stream_leaves_to_walk` lists why
+            continue
+        assert_equal(ours, way("walk"))
 
 
 @pytest.mark.parametrize("case", sample(40, seed=0))
@@ -173,17 +176,21 @@ def decode(
 @pytest.mark.parametrize("per_kv_head", [True, False])
 @pytest.mark.parametrize("tensors", [True, False])
 @pytest.mark.parametrize(
-    ("mixing", "overlap"), [*itertools.product(("convex", "shared"), (True, False)), ("calibrated", True)]
-)
+    ("mixing", "overlap", "sinks"),
+    [
+        *itertools.product(("convex", "shared"), (True, False), (0,)),
+        ("calibrated", True, 0), ("calibrated", True, 3), ("convex", True, 3),
+    ],
+)  # fmt: skip
 def test_decoding_step(
-    mixing: str, overlap: bool, tensors: bool, per_kv_head: bool, window: int, padding: str
+    mixing: str, overlap: bool, sinks: int, tensors: bool, per_kv_head: bool, window: int, padding: str
 ) -> None:
     phi_q, phi_k = PositiveMap(4, seed=1), PositiveMap(2 if per_kv_head else 4, seed=2)
 
     def maps(q: Tensor, k: Tensor) -> tuple[Any, Any]:
         return (phi_q(q), phi_k(k)) if tensors else (phi_q, phi_k)
 
-    options = {"mixing": mixing, "overlap": overlap, "window": window}
+    options = {"mixing": mixing, "overlap": overlap, "window": window, "sinks": sinks}
     options["sink_logits"] = normal(4, seed=8) if window == 5 else None
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         general, expected = decode("walk", dtype, False, options, maps, padding)
@@ -194,18 +201,57 @@ def test_decoding_step(
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_windows_alone(sinks: int, padding: str, packed: bool) -> None:
+    """Outputs, gradients, and twenty steps of decoding, for which a state is given away or not."""
+    q, k, v = (x.requires_grad_() for x in attention_inputs(60, seed=4))
+    mask, segments = padding_mask(padding, 60), segments_of(60) if packed else None
+    options: dict[str, Any] = {"window": 7, "sinks": sinks, "sink_logits": normal(4, seed=8), "softcap": 3.0}
+
+    def whole(name: str) -> list[Tensor]:
+        with backend(name):
+            out, _ = window_attention(q, k, v, key_mask=mask, segment_ids=segments, **options)
+        return [out, *torch.autograd.grad((out * normal(*out.shape, seed=9)).sum(), (q, k, v))]
+
+    def decoded(name: str, dtype: torch.dtype, *, reuse: bool = False) -> list[Tensor]:
+        outs, state = [], None
+        with backend(name), torch.no_grad():
+            for start, stop in [(0, 40), *((i, i + 1) for i in range(40, 60))]:
+                out, state = window_attention(
+                    *(x[:, :, start:stop].to(dtype) for x in (q, k, v)), initial_state=state,
+                    key_mask=None if mask is None or start else mask[:, :40], output_final_state=True,
+                    reuse_state=reuse, **options,
+                )  # fmt: skip
+                outs.append(out)
+        assert state is not None
+        return [torch.cat(outs, 2).double(), *(tensor.double() for tensor in state.tensors())]
+
+    assert_equal(whole("stream"), whole("walk"))
+    if packed:
+        return
+    assert_equal(decoded("stream", torch.float64), decoded("walk", torch.float64))
+    expected = decoded("walk", torch.float32)
+    for reuse in (False, True):  # the second is the compiled step, where it was built
+        for one, other in zip(decoded("stream", torch.float32, reuse=reuse), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.skipif(native_step.NATIVE is None, reason="the C extension was not built: no compiler")
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("mixing", ["convex", "shared", "calibrated"])
+@pytest.mark.parametrize(
+    ("mixing", "sinks"), [("convex", 0), ("shared", 0), ("calibrated", 0), ("calibrated", 3), ("convex", 3)]
+)
 def test_compiled_step_in_bfloat16(
-    mixing: str, softcap: float | None, sink: bool, monkeypatch: pytest.MonkeyPatch
+    mixing: str, sinks: int, softcap: float | None, sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[bool] = []
     run = native_step.run
     monkeypatch.setattr(native_step, "run", lambda call: (used.append(True), run(call))[1])
     phi_q, phi_k = PositiveMap(4, seed=1), PositiveMap(4, seed=2)
-    options = {"mixing": mixing, "overlap": True, "window": 5, "softcap": softcap}
+    options = {"mixing": mixing, "overlap": True, "window": 5, "softcap": softcap, "sinks": sinks}
     options["sink_logits"] = normal(4, seed=8, dtype=torch.bfloat16) if sink else None
     out, _ = decode("stream", torch.bfloat16, True, options, lambda q, k: (phi_q, phi_k), "none")
     general, _ = decode("walk", torch.bfloat16, False, options, lambda q, k: (phi_q, phi_k), "none")
@@ -235,7 +281,9 @@ def test_a_state_is_only_changed_when_it_is_given_away() -> None:
     ("options", "reason"),
     [
         ({"layout": "terraced"}, "terraced"),
-        ({"sinks": 2}, "sinks"),
+        ({"window": 0, "sinks": 2}, "sinks"),
+        ({"sinks": 2, "overlap": False}, "sinks"),
+        ({"sinks": 2, "mixing": "shared"}, "sinks"),
         ({"mixing": "shared", "branches": Branches(False, True)}, "switched off"),
         ({"overlap": False, "branches": Branches(False, True, "renormalised")}, "renormalised"),
         ({"mixing": "calibrated", "overlap": False}, "mixing 'calibrated' of disjoint attention"),
@@ -249,7 +297,7 @@ def test_what_stream_leaves_to_walk(
     phi = PositiveMap(4, seed=1), PositiveMap(4, seed=2)
 
     def call() -> Tensor:
-        return hybrid_attention(*attention_inputs(9), *phi, window=4, **options)[0]
+        return hybrid_attention(*attention_inputs(9), *phi, **{"window": 4, **options})[0]
 
     with caplog.at_level(logging.INFO, logger="equipoise.ops"):
         out, again = call(), call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -67,10 +68,11 @@ def check(place: tuple[str, torch.dtype], sizes: dict[str, Any], **options: Any)
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("as_maps", [False, True])
-@pytest.mark.parametrize("mixing", ["convex", "shared"])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("mixing", "overlap"), [*itertools.product(("convex", "shared"), (True, False)), ("calibrated", True)]
+)
 def test_steps(
-    overlap: bool, mixing: str, as_maps: bool, padding: str, place: tuple[str, torch.dtype]
+    mixing: str, overlap: bool, as_maps: bool, padding: str, place: tuple[str, torch.dtype]
 ) -> None:
     maps = 1 if mixing == "convex" else 2
     check(

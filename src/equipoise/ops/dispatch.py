@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.ops import native_step, step, stream, stream_backward, stream_forward, transfer_blocks
-from equipoise.ops.types import AttentionState, Call, Donor
+from equipoise.ops import (
+    native_step,
+    step,
+    stream,
+    stream_backward,
+    stream_forward,
+    transfer_blocks,
+    with_sinks,
+)
+from equipoise.ops.types import AttentionState, Call, Donor, needs_gradient
 from equipoise.ops.walk import Walk
 from equipoise.registry import unknown_name
 
@@ -81,18 +89,29 @@ def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | 
         return Walk(call).run(output_final_state)
     reason = _why_not_stream(call, output_final_state)
     if reason is None:
-        if needs_gradient(call):
-            return stream_backward.run(call), None
-        if step.supports(call):
-            if native_step.supports(call):
-                out, state = native_step.run(call)
-                return out, state if output_final_state else None
-            out, state = step.run(call)
-            return out, state if output_final_state else None
-        return stream_forward.run(call, output_final_state)
+        return _run_stream(call, output_final_state)
     if name == "stream":
         raise BackendError(f"the stream backend cannot run {reason}; use EQUIPOISE_BACKEND=auto.")
     return _fall_back(call, output_final_state, reason)
+
+
+def _run_stream(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
+    if step.supports(call) and not needs_gradient(call):
+        out, state = (native_step if native_step.supports(call) else step).run(call)
+        return out, state if output_final_state else None
+    if call.sinks:
+        return with_sinks.run(call, _stream_parts, output_final_state)
+    if needs_gradient(call):
+        return stream_backward.run(call), None
+    return stream_forward.run(call, output_final_state)
+
+
+def _stream_parts(call: Call, totals: bool, keep: bool) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+    """A call without sinks, as `equipoise.ops.with_sinks` wants it."""
+    if not needs_gradient(call):
+        return stream_forward.run_with_totals(call, keep, wanted=totals)
+    out, found = stream_backward.run_with_totals(call) if totals else (stream_backward.run(call), None)
+    return out, found, None
 
 
 def run_transfer(phi_q: Tensor, phi_k: Tensor, donor: Donor) -> Tensor:
@@ -189,20 +208,3 @@ def _why_not_stream(call: Call, output_final_state: bool) -> str | None:
     if needs_gradient(call) and (call.state is not None or output_final_state):
         return "gradients through a state"
     return stream.unsupported(call)
-
-
-def needs_gradient(call: Call) -> bool:
-    """Whether autograd records this call."""
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (call.q, call.k, call.v, call.phi_q, call.phi_k, call.gate, call.sink_logits)
-    if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-        return True
-    return any(_may_learn(phi) for phi in (call.phi_q, call.phi_k))
-
-
-def _may_learn(phi: object) -> bool:
-    """Whether a feature map may have parameters; of a plain function one cannot know."""
-    if phi is None or isinstance(phi, Tensor):
-        return False
-    return not isinstance(phi, torch.nn.Module) or any(p.requires_grad for p in phi.parameters())

@@ -42,7 +42,22 @@ def supports(call: Call) -> bool:
         (dtype is torch.float32 or dtype is torch.bfloat16)
         and call.k.dtype is call.v.dtype is state.keys.dtype is state.values.dtype is dtype
         and (torch.is_inference_mode_enabled() or not state.keys.is_inference())
+        and (not call.sinks or _has_sinks(state))
         and (call.phi_k is None or _has_sums(state))
+    )
+
+
+def _has_sinks(state: AttentionState) -> bool:
+    """Whether the sinks are there, of types that C takes."""
+    keys, values, valid, ranks = state.sink_keys, state.sink_values, state.sink_valid, state.ranks
+    return (
+        keys is not None
+        and values is not None
+        and valid is not None
+        and ranks is not None
+        and keys.dtype is values.dtype is state.keys.dtype
+        and ranks.dtype is torch.int64
+        and (torch.is_inference_mode_enabled() or not keys.is_inference())
     )
 
 
@@ -74,12 +89,15 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
     far = (0,) * 6 if linear is None else tuple(tensor.data_ptr() for tensor in linear)
     gate, weight = (None, 1.0) if linear is None else _gate(call)
     out = torch.empty(batch, heads, 1, value_size)
+    behind = (state.sink_keys, state.sink_values, state.sink_valid, state.ranks) if call.sinks else ()
+    pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in behind) or (0,) * 4
     sink = None if call.sink_logits is None else _plain(call.sink_logits)
     NATIVE.step(
-        (batch, kv_heads, heads // kv_heads, memories, history, size, value_size, features),
+        (batch, kv_heads, heads // kv_heads, memories, history, size, value_size, features, call.sinks),
         (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), *far[:3], 0 if gate is None else gate.data_ptr(),
             state.keys.data_ptr(), state.values.data_ptr(), state.valid.data_ptr(), *far[3:], out.data_ptr(),
+            *pointers,
         ),
         (call.scale, call.softcap or 0.0, EPSILON, weight),
         (call.q.dtype is torch.bfloat16, call.lagging, MIXINGS.index(call.mixing)),
@@ -110,6 +128,7 @@ def _contiguous(state: AttentionState) -> AttentionState:
     """The state itself; a copy laid out in order where a prefill or another path's step left views."""
     tensors = (
         state.keys, state.values, state.valid, state.linear_state, state.linear_normalizer, state.folded,
+        state.sink_keys, state.sink_values, state.sink_valid, state.ranks,
     )  # fmt: skip
     if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         return state

@@ -150,6 +150,10 @@ def _mixed(
     if mixing == "convex":
         gate = torch.where(far.any(-1, keepdim=True), gate, 1.0)
         terms = gate * softmax, (1 - gate) * _ratio(weights @ value, weights.sum(-1, keepdim=True))
+    elif mixing == "calibrated":
+        weights = weights * (gate - top).exp()  # on the scale of the window's exponentials
+        total = mass + weights.sum(-1, keepdim=True)
+        terms = _ratio(exponentials @ value, total), _ratio(weights @ value, total)
     else:
         total = gate * mass + weights.sum(-1, keepdim=True)
         terms = _ratio(gate * exponentials @ value, total), _ratio(weights @ value, total)

@@ -36,8 +36,15 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
     batch = call.q.shape[0]
     keys, values = torch.cat([state.keys, call.k], 2), torch.cat([state.values, call.v], 2)
     valid = torch.cat([state.valid, state.valid.new_ones(batch, 1)], 1)
-    window, mass = _window(call, keys, values, valid, dtype)
     kept: dict[str, Tensor] = {"keys": keys[:, :, 1:], "values": values[:, :, 1:], "valid": valid[:, 1:]}
+    if call.sinks:
+        kept |= _sinks(call, state)
+        seen_keys, seen_values = cast(Tensor, state.sink_keys), cast(Tensor, state.sink_values)
+        seen_keys, seen_values = torch.cat([seen_keys, keys], 2), torch.cat([seen_values, values], 2)
+        real = torch.cat([cast(Tensor, state.sink_valid), valid], 1)
+        window, mass = _window(call, seen_keys, seen_values, real, dtype)
+    else:
+        window, mass = _window(call, keys, values, valid, dtype)
     if call.phi_k is None:
         return window.to(call.q.dtype), replace(state, **kept)
     if call.lagging:  # the key that leaves the window is for the next token to see
@@ -52,6 +59,26 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         state, linear_state=total, linear_normalizer=normalizer, folded=folded, features=features, **kept
     )
     return out.to(call.q.dtype), after
+
+
+def _sinks(call: Call, state: AttentionState) -> dict[str, Tensor]:
+    """The sinks with the key among them that leaves the window now, and the ranks of the tokens kept."""
+    sink_keys, sink_values, sink_valid, ranks = (
+        state.sink_keys, state.sink_values, state.sink_valid, state.ranks
+    )  # fmt: skip
+    assert sink_keys is not None
+    assert sink_values is not None
+    assert sink_valid is not None
+    assert ranks is not None
+    slots = torch.arange(call.sinks, device=ranks.device)
+    chosen = (ranks[:, :1] == slots) & state.valid[:, :1]
+    mask = chosen[:, None, :, None]
+    return {
+        "sink_keys": torch.where(mask, state.keys[:, :, :1], sink_keys),
+        "sink_values": torch.where(mask, state.values[:, :, :1], sink_values),
+        "sink_valid": sink_valid | chosen,
+        "ranks": torch.cat([ranks[:, 1:], ranks[:, -1:] + state.valid[:, -1:].long()], 1),
+    }
 
 
 def _window(

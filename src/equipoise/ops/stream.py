@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from equipoise.ops import step
 from equipoise.ops.tokens import Tokens, causal_mask, index_tokens, last_slots, window_mask
 from equipoise.ops.types import AttentionState, Call, FeatureMapLike, accumulation_dtype, history_length
 
@@ -33,12 +34,14 @@ def unsupported(call: Call) -> str | None:
     """Why this path cannot take a call; None if it can."""
     if call.layout != "sliding":
         return "terraced windows"
-    if call.sinks or call.window == 0:
-        return "sinks"
-    if call.phi_k is not None and isinstance(call.phi_q, Tensor) != isinstance(call.phi_k, Tensor):
-        return "features of queries as a tensor and of keys as a map, or the reverse"
     flags = (call.branches.window, call.branches.linear)
     both = all(flag is True for flag in flags)
+    if call.window == 0 or (call.sinks and (call.lagging or not both or call.mixing == "shared")):
+        return "sinks"
+    if call.sinks and call.state is not None and not step.supports(call):
+        return "several tokens behind sinks of a state"
+    if call.phi_k is not None and isinstance(call.phi_q, Tensor) != isinstance(call.phi_k, Tensor):
+        return "features of queries as a tensor and of keys as a map, or the reverse"
     if call.mixing != "convex" and not both and None not in (call.window, call.phi_k):
         return f"one branch of mixing {call.mixing!r} switched off"
     if call.lagging and not both and call.branches.reading == "renormalised":
@@ -53,8 +56,9 @@ def unsupported(call: Call) -> str | None:
 class Stream:
     """One call, cut into chunks. Everything is on the axis X: history first, then the T new tokens."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, *, totals: bool = False) -> None:
+        """``totals``: whether the logarithms of the denominators are asked for beside the output."""
+        self.call, self.totals = call, totals
         self.dtype = accumulation_dtype(call.q.dtype)
         self.batch, self.heads, self.length, self.size = call.q.shape
         self.kv_heads, self.value_size = call.k.shape[1], call.v.shape[-1]

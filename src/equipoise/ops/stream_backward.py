@@ -20,6 +20,7 @@ from equipoise.ops.stream import Stream, Weights
 from equipoise.ops.stream_forward import (
     WindowWeights,
     attend,
+    empty_totals,
     linear_sums,
     mixing_weights,
     rows_of,
@@ -32,11 +33,21 @@ from equipoise.ops.types import Call, FeatureMapLike
 
 def run(call: Call) -> Tensor:
     """The output [B, H, T, E], differentiable in q, k, v, the features, the gate and sink logits."""
+    return _run(call, totals=False)[0]
+
+
+def run_with_totals(call: Call) -> tuple[Tensor, Tensor]:
+    """The same and `stream_forward.run_with_totals`' logarithms, which are differentiable too."""
+    return _run(call, totals=True)
+
+
+def _run(call: Call, *, totals: bool) -> tuple[Tensor, Any]:
     call = replace(call, phi_q=_mapped(call.phi_q, call.q, call), phi_k=_mapped(call.phi_k, call.k, call))
     weights = mixing_weights(Stream(call))
     return _Stream.apply(  # pyright: ignore[reportReturnType]
-        call.q, call.k, call.v, call.phi_q, call.phi_k, weights.window, weights.linear, call.sink_logits, call
-    )
+        call.q, call.k, call.v, call.phi_q, call.phi_k, weights.window, weights.linear, call.sink_logits,
+        call, totals,
+    )  # fmt: skip
 
 
 def _mapped(phi: Tensor | FeatureMapLike | None, tokens: Tensor, call: Call) -> Tensor | None:
@@ -53,22 +64,26 @@ class _Stream(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None,
         weight_window: Tensor | None, weight_linear: Tensor | None, sink_logits: Tensor | None, call: Call,
-    ) -> Tensor:  # fmt: skip
-        stream = Stream(replace(call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, sink_logits=sink_logits))
-        out, _ = attend(stream, Sums(stream), Weights(weight_window, weight_linear))
+        totals: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        given = replace(call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, sink_logits=sink_logits)
+        stream = Stream(given, totals=totals)
+        logarithms = empty_totals(stream) if totals else None
+        out, _ = attend(stream, Sums(stream), Weights(weight_window, weight_linear), logarithms)
         ctx.save_for_backward(q, k, v, phi_q, phi_k, weight_window, weight_linear, sink_logits)
         ctx.call = replace(
             call, q=q.detach(), k=k.detach(), v=v.detach(), phi_q=None, phi_k=None, gate=0.5, sink_logits=None
         )
-        return out
+        return out, logarithms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert grads[0] is not None
         q, k, v, phi_q, phi_k, weight_window, weight_linear, sink_logits = ctx.saved_tensors
         call = replace(ctx.call, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, sink_logits=sink_logits)
         with torch.autocast(grads[0].device.type, enabled=False):
-            found = _Backward(Stream(call), Weights(weight_window, weight_linear), grads[0])
+            found = _Backward(Stream(call), Weights(weight_window, weight_linear), grads[0], grads[1])
             found.run(attention=any(ctx.needs_input_grad[i] for i in (0, 1, 7)))
         inputs = (q, k, v, phi_q, phi_k, weight_window, weight_linear, sink_logits)
         totals = (
@@ -79,7 +94,7 @@ class _Stream(torch.autograd.Function):
             None if total is None or like is None else total.to(like.dtype)
             for total, like in zip(totals, inputs, strict=True)
         )
-        return *given, None
+        return *given, None, None
 
 
 @dataclass
@@ -95,11 +110,13 @@ class _Chunk:
 class _Backward:
     """Accumulates the gradients of one call, in the dtype of sums."""
 
-    def __init__(self, stream: Stream, weights: Weights, grad: Tensor) -> None:
+    def __init__(self, stream: Stream, weights: Weights, grad: Tensor, total: Tensor | None) -> None:
+        """``grad`` is of the output, ``total`` of the denominators' logarithms, where they were given."""
         call = stream.call
         self.stream, self.weights = stream, weights
-        mask = call.key_mask
-        self.grad = grad if mask is None else grad.masked_fill(~mask[:, None, :, None], 0)
+        absent = None if call.key_mask is None else ~call.key_mask[:, None, :, None]
+        self.grad = grad if absent is None else grad.masked_fill(absent, 0)
+        self.total = total if absent is None or total is None else total.masked_fill(absent, 0)
         self.q, self.k, self.v = (self._zeros(x) for x in (call.q, call.k, call.v))
         self.phi_q = None if call.phi_q is None else self._zeros(cast(Tensor, call.phi_q))
         self.phi_k = None if call.phi_k is None else self._zeros(cast(Tensor, call.phi_k))
@@ -145,6 +162,8 @@ class _Backward:
         self._add_window_values(rows, torch.bmm(probabilities.mT, pulled))
         if attention:
             slopes = torch.bmm(pulled, values.mT).sub_((pulled * out).sum(-1, keepdim=True))
+            if self.total is not None:
+                slopes += group(self.total[:, :, part], stream.kv_heads)
             self._scores(rows, slopes.mul_(probabilities), seen)
 
     def _scores(self, rows: slice, slopes: Tensor, seen: WindowWeights) -> None:
@@ -278,12 +297,14 @@ class _Backward:
         stream, part = self.stream, self.stream.row_slice(rows)
         assert self.weight_window is not None
         assert seen.top is not None
-        window, far = scale_factors(seen.top, gate, near.denominator)
+        window, far, _ = scale_factors(seen.top, gate, near.denominator)
         total = near.denominator.clamp_min(EPSILON)
         divisor = window * mass + far * total
         numerators = grad / divisor
         along = (numerators * near.numerator).sum(-1, keepdim=True)
         drift = -((numerators * summed).sum(-1, keepdim=True) * window + along * far) / divisor
+        if self.total is not None:
+            drift += self.total[:, :, part] / divisor
         add_rows(self.weight_window, part, far * (along + drift * total))
         exponentials = seen.probabilities * group(mass * window, stream.kv_heads)
         pulled = group(numerators, stream.kv_heads)

@@ -25,7 +25,7 @@ class WindowWeights:
         queries: scaled [B * N, H / N * c, D].
         slope: d score / d product; None without a softcap.
         keys, values: [B * N, X, D], [B * N, X, E].
-        top: the largest score of a row [B, H, c, 1]; None where no mixing rule asks for it.
+        top: the largest score of a row [B, H, c, 1]; None where nobody asks for it.
     """
 
     probabilities: Tensor
@@ -64,7 +64,7 @@ def window_weights(stream: Stream, rows: slice) -> WindowWeights:
         scores = torch.cat([scores, sink], -1)
         values = functional.pad(values, (0, 0, 0, 1))
     top = None
-    if stream.calibrated:
+    if stream.calibrated or stream.totals:
         top = scores.amax(-1, keepdim=True).view(stream.batch, stream.heads, -1, 1)
     return WindowWeights(scores.softmax(-1), queries, slope, keys, values, top)
 
@@ -104,12 +104,30 @@ def far_queries(stream: Stream, rows: slice, sums: Sums, phi_q: Tensor, memories
 
 def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
     """The output [B, H, T, E] in q's dtype, and the state after the last token if asked for."""
-    stream = Stream(call)
-    sums = Sums(stream)
-    out, shape = attend(stream, sums, mixing_weights(stream))
+    out, _, state = run_with_totals(call, output_final_state, wanted=False)
+    return out, state
+
+
+def run_with_totals(
+    call: Call, output_final_state: bool, *, wanted: bool = True
+) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+    """The same and, where wanted, the logarithm of the output's denominator between them [B, H, T, 1].
+
+    A window alone has one, and `calibrated` mixing.
+    """
+    stream = Stream(call, totals=wanted)
+    sums, totals = Sums(stream), empty_totals(stream) if wanted else None
+    out, shape = attend(stream, sums, mixing_weights(stream), totals)
     if not output_final_state:
-        return out, None
-    return out, stream.final_state(*((None, None) if call.phi_k is None else sums.tensors(*shape)))
+        return out, totals, None
+    state = stream.final_state(*((None, None) if call.phi_k is None else sums.tensors(*shape)))
+    return out, totals, state
+
+
+def empty_totals(stream: Stream) -> Tensor:
+    """Memory for the logarithms of the denominators, in the dtype of sums."""
+    shape = (stream.batch, stream.heads, stream.length, 1)
+    return torch.empty(shape, dtype=stream.dtype, device=stream.call.q.device)
 
 
 def mixing_weights(stream: Stream) -> Weights:
@@ -120,8 +138,11 @@ def mixing_weights(stream: Stream) -> Weights:
     return Weights(gate.expand(stream.batch, stream.heads, stream.length)[..., None], None)
 
 
-def attend(stream: Stream, sums: Sums, weights: Weights) -> tuple[Tensor, tuple[int, int]]:
-    """All chunks in order: the output, and (M, F) of the features. ``sums`` ends up with what is folded."""
+def attend(
+    stream: Stream, sums: Sums, weights: Weights, totals: Tensor | None = None
+) -> tuple[Tensor, tuple[int, int]]:
+    """All chunks in order: the output, and (M, F) of the features. ``sums`` ends up with what is folded, and
+    ``totals`` with the logarithms of the denominators."""
     call = stream.call
     shape = (stream.batch, stream.heads, stream.length, stream.value_size)
     out = torch.empty(shape, dtype=call.q.dtype, device=call.q.device)
@@ -143,15 +164,20 @@ def attend(stream: Stream, sums: Sums, weights: Weights) -> tuple[Tensor, tuple[
             assert linear is not None
             assert seen is not None
             assert weights.window is not None
-            mixed = _joint(stream, seen, window, linear, rows_of(weights.window, part))
+            mixed, total = _joint(stream, seen, window, linear, rows_of(weights.window, part))
         else:
-            mixed = _convex(window, linear, weights, part)
+            mixed, total = _convex(window, linear, weights, part), None
+            if totals is not None and seen is not None:
+                assert seen.top is not None
+                total = seen.mass(stream).log_().add_(seen.top)
         if mixed is None:
             out[:, :, part] = 0
             continue
         if call.key_mask is not None:
             mixed.masked_fill_(~call.key_mask[:, None, part, None], 0)
         out[:, :, part] = mixed
+        if totals is not None and total is not None:
+            totals[:, :, part] = total
     return out, sizes
 
 
@@ -173,28 +199,29 @@ def _linear(stream: Stream, rows: slice, sums: Sums) -> tuple[tuple[Tensor, Tens
 
 def _joint(
     stream: Stream, seen: WindowWeights, window: Tensor, linear: tuple[Tensor, Tensor], gate: Tensor
-) -> Tensor:
-    """The mix under one denominator; the window's output is scratch and changes."""
+) -> tuple[Tensor, Tensor | None]:
+    """The mix under one denominator, and its logarithm; the window's output is scratch and changes."""
     numerator, denominator = linear
     mass = seen.mass(stream)
     if stream.shared:
         factor = gate * mass
-        return window.mul_(factor).add_(numerator).div_(safe(factor + denominator))
+        return window.mul_(factor).add_(numerator).div_(safe(factor + denominator)), None
     assert seen.top is not None
-    near, far = scale_factors(seen.top, gate, denominator)
+    near, far, reference = scale_factors(seen.top, gate, denominator)
     near *= mass
-    mixed = window.mul_(near).add_(numerator * far)
-    return mixed.div_(near.add_(denominator.clamp_min(EPSILON).mul_(far)))
+    divisor = denominator.clamp_min(EPSILON).mul_(far).add_(near)
+    mixed = window.mul_(near).add_(numerator * far).div_(divisor)
+    return mixed, reference.add_(divisor.log_()) if stream.totals else None
 
 
-def scale_factors(top: Tensor, gate: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-    """(exp(m - r), exp(l - r)): what the sums of `calibrated` mixing are multiplied by, in new memory.
+def scale_factors(top: Tensor, gate: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(m - r), exp(l - r), r): what the sums of `calibrated` mixing are multiplied by, in new memory.
 
     r is the larger of the window's largest score m and l + log z, l the gate and z linear attention's
     denominator: then neither sum overflows, and together they are 1 at least.
     """
     reference = torch.maximum(top, gate + denominator.clamp_min(EPSILON).log())
-    return (top - reference).exp_(), (gate - reference).exp_()
+    return (top - reference).exp_(), (gate - reference).exp_(), reference
 
 
 def _convex(

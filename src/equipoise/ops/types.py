@@ -221,3 +221,20 @@ def history_length(window: int | None, layout: Layout) -> int:
     if window is None:
         return 1
     return max(1, 2 * window - 1 if layout == "terraced" else window - 1)
+
+
+def needs_gradient(call: Call) -> bool:
+    """Whether autograd records this call."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (call.q, call.k, call.v, call.phi_q, call.phi_k, call.gate, call.sink_logits)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        return True
+    return any(_may_learn(phi) for phi in (call.phi_q, call.phi_k))
+
+
+def _may_learn(phi: object) -> bool:
+    """Whether a feature map may have parameters; of a plain function one cannot know."""
+    if phi is None or isinstance(phi, Tensor):
+        return False
+    return not isinstance(phi, torch.nn.Module) or any(p.requires_grad for p in phi.parameters())

@@ -24,12 +24,14 @@
 #endif
 
 typedef struct {
-    Py_ssize_t batch, kv_heads, groups, memories, history, size, value_size, features; /* memories 0: a window alone */
+    /* memories 0: a window alone; sinks: tokens that stay when the window has left them behind */
+    Py_ssize_t batch, kv_heads, groups, memories, history, size, value_size, features, sinks;
     const float *q, *phi_q, *gate, *fold_phi, *fold_v; /* gate: a number per head, or NULL for `weight` */
     const float *sink; /* score per head of attending to nothing, or NULL */
     const void *k, *v;
-    void *keys, *values;
-    uint8_t *valid;
+    void *keys, *values, *sink_keys, *sink_values;
+    uint8_t *valid, *sink_valid;
+    int64_t *ranks; /* how many real tokens came before each of the kept ones */
     float *total, *normalizer, *out, *scratch;
     int64_t *folded; /* per row of the batch: keys in the sums */
     float scale, softcap, epsilon, weight;
@@ -127,24 +129,28 @@ INLINE void sums(const Step *s, const float *w, const void *rows, Py_ssize_t at,
 /* The window's softmax of query head h over `history` kept tokens and the new one: out [E]; returns the sum of the
  * exponentials of scores less the largest, or, for calibrated mixing, the logarithm of that of the scores. */
 INLINE float window(const Step *s, Py_ssize_t b, Py_ssize_t n, Py_ssize_t h, float *restrict out) {
-    const Py_ssize_t E = s->value_size, R = s->history, at = b * s->kv_heads + n;
-    const uint8_t *restrict valid = s->valid + b * R;
+    const Py_ssize_t E = s->value_size, R = s->history, P = s->sinks, at = b * s->kv_heads + n, count = P + R;
+    const uint8_t *restrict valid = s->valid + b * R, *restrict filled = s->sink_valid + b * P;
     const float *q = s->q + (b * s->kv_heads * s->groups + h) * s->size;
     float *restrict scores = s->scratch, top = s->sink ? s->sink[h] : -INFINITY, mass = 0;
-    products(s, q, s->keys, at * R, R, scores);
-    products(s, q, s->k, at, 1, scores + R);
-    for (Py_ssize_t j = 0; j <= R; j++) scores[j] *= s->scale;
+    if (P) products(s, q, s->sink_keys, at * P, P, scores);
+    products(s, q, s->keys, at * R, R, scores + P);
+    products(s, q, s->k, at, 1, scores + count);
+    for (Py_ssize_t j = 0; j <= count; j++) scores[j] *= s->scale;
     if (s->softcap > 0)
-        for (Py_ssize_t j = 0; j <= R; j++) scores[j] = tanhf(scores[j] / s->softcap) * s->softcap;
-    for (Py_ssize_t j = 0; j < R; j++) scores[j] = valid[j] ? scores[j] : -INFINITY;
-    for (Py_ssize_t j = 0; j <= R; j++) top = scores[j] > top ? scores[j] : top;
-    for (Py_ssize_t j = 0; j <= R; j++) scores[j] = exponential(scores[j] - top);
-    for (Py_ssize_t j = 0; j < R; j++) scores[j] = valid[j] ? scores[j] : 0;
-    for (Py_ssize_t j = 0; j <= R; j++) mass += scores[j];
+        for (Py_ssize_t j = 0; j <= count; j++) scores[j] = tanhf(scores[j] / s->softcap) * s->softcap;
+    for (Py_ssize_t j = 0; j < P; j++) scores[j] = filled[j] ? scores[j] : -INFINITY;
+    for (Py_ssize_t j = 0; j < R; j++) scores[P + j] = valid[j] ? scores[P + j] : -INFINITY;
+    for (Py_ssize_t j = 0; j <= count; j++) top = scores[j] > top ? scores[j] : top;
+    for (Py_ssize_t j = 0; j <= count; j++) scores[j] = exponential(scores[j] - top);
+    for (Py_ssize_t j = 0; j < P; j++) scores[j] = filled[j] ? scores[j] : 0;
+    for (Py_ssize_t j = 0; j < R; j++) scores[P + j] = valid[j] ? scores[P + j] : 0;
+    for (Py_ssize_t j = 0; j <= count; j++) mass += scores[j];
     if (s->sink) mass += exponential(s->sink[h] - top);
     for (Py_ssize_t e = 0; e < E; e++) out[e] = 0;
-    sums(s, scores, s->values, at * R, R, out);
-    sums(s, scores + R, s->v, at, 1, out);
+    if (P) sums(s, scores, s->sink_values, at * P, P, out);
+    sums(s, scores + P, s->values, at * R, R, out);
+    sums(s, scores + count, s->v, at, 1, out);
     const float over = 1 / mass;
     for (Py_ssize_t e = 0; e < E; e++) out[e] *= over;
     return s->mixing == CALIBRATED ? top + logf(mass) : mass;
@@ -213,6 +219,13 @@ INLINE void shift(void *base, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t width, 
     memcpy(start + (size_t)(rows - 1) * bytes, (const char *)fresh + (size_t)at * bytes, bytes);
 }
 
+/* What leaves the window stays if it is among the first so many real tokens; `valid` of sinks is set once, in run. */
+INLINE void stay(void *sinks, const void *rows, Py_ssize_t at, Py_ssize_t count, Py_ssize_t rank, Py_ssize_t history,
+                 Py_ssize_t width, int half) {
+    const size_t bytes = (size_t)width * (half ? 2 : 4);
+    memcpy((char *)sinks + (size_t)(at * count + rank) * bytes, (const char *)rows + (size_t)(at * history) * bytes, bytes);
+}
+
 /* The mix of one query head from its window [E] and linear attention [E]. */
 INLINE void mix(const Step *s, Py_ssize_t b, Py_ssize_t at, const float *restrict near, float mass,
                 const float *restrict far, float sum) {
@@ -239,9 +252,13 @@ INLINE void mix(const Step *s, Py_ssize_t b, Py_ssize_t at, const float *restric
 INLINE void key_head(const Step *s, Py_ssize_t b, Py_ssize_t n) {
     const Py_ssize_t H = s->kv_heads * s->groups, E = s->value_size, F = s->features, R = s->history, G = s->groups;
     const Py_ssize_t own = s->memories / s->kv_heads, share = s->memories ? H / s->memories : 0;
-    float *far = s->scratch + R + 1, *near = far + E, *mass = near + G * E;
+    float *far = s->scratch + s->sinks + R + 1, *near = far + E, *mass = near + G * E;
     for (Py_ssize_t g = 0; g < G; g++)
         mass[g] = window(s, b, n, n * G + g, near + g * E);
+    if (s->sinks && s->valid[b * R] && s->ranks[b * R] < s->sinks) {
+        stay(s->sink_keys, s->keys, b * s->kv_heads + n, s->sinks, s->ranks[b * R], R, s->size, s->half);
+        stay(s->sink_values, s->values, b * s->kv_heads + n, s->sinks, s->ranks[b * R], R, E, s->half);
+    }
     shift(s->keys, b * s->kv_heads + n, R, s->size, s->k, s->half);
     shift(s->values, b * s->kv_heads + n, R, E, s->v, s->half);
     if (!s->memories) {
@@ -271,6 +288,13 @@ CLONES static void run(const Step *s) {
     for (Py_ssize_t b = 0; b < s->batch; b++) {
         for (Py_ssize_t n = 0; n < s->kv_heads; n++) key_head(s, b, n);
         if (s->memories) s->folded[b] += s->lagging ? s->valid[b * R] : 1;
+        if (s->sinks) {
+            int64_t *ranks = s->ranks + b * R;
+            const int64_t next = ranks[R - 1] + s->valid[(b + 1) * R - 1];
+            if (s->valid[b * R] && ranks[0] < s->sinks) s->sink_valid[b * s->sinks + ranks[0]] = 1;
+            memmove(ranks, ranks + 1, sizeof(int64_t) * (size_t)(R - 1));
+            ranks[R - 1] = next;
+        }
         memmove(s->valid + b * R, s->valid + b * R + 1, (size_t)(R - 1));
         s->valid[(b + 1) * R - 1] = 1;
     }
@@ -278,11 +302,12 @@ CLONES static void run(const Step *s) {
 
 static PyObject *step(PyObject *self, PyObject *args) {
     Step s;
-    unsigned long long p[14], sink = 0;
+    unsigned long long p[18], sink = 0;
     int ok = PyArg_ParseTuple(
-        args, "(nnnnnnnn)(KKKKKKKKKKKKKK)(ffff)(ppi)|K", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
-        &s.size, &s.value_size, &s.features, &p[0], &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8], &p[9],
-        &p[10], &p[11], &p[12], &p[13], &s.scale, &s.softcap, &s.epsilon, &s.weight, &s.half, &s.lagging, &s.mixing, &sink);
+        args, "(nnnnnnnnn)(KKKKKKKKKKKKKKKKKK)(ffff)(ppi)|K", &s.batch, &s.kv_heads, &s.groups, &s.memories, &s.history,
+        &s.size, &s.value_size, &s.features, &s.sinks, &p[0], &p[1], &p[2], &p[3], &p[4], &p[5], &p[6], &p[7], &p[8],
+        &p[9], &p[10], &p[11], &p[12], &p[13], &p[14], &p[15], &p[16], &p[17], &s.scale, &s.softcap, &s.epsilon,
+        &s.weight, &s.half, &s.lagging, &s.mixing, &sink);
     (void)self;
     if (!ok) return NULL;
     s.q = (const float *)(uintptr_t)p[0];
@@ -299,8 +324,12 @@ static PyObject *step(PyObject *self, PyObject *args) {
     s.normalizer = (float *)(uintptr_t)p[11];
     s.folded = (int64_t *)(uintptr_t)p[12];
     s.out = (float *)(uintptr_t)p[13];
+    s.sink_keys = (void *)(uintptr_t)p[14];
+    s.sink_values = (void *)(uintptr_t)p[15];
+    s.sink_valid = (uint8_t *)(uintptr_t)p[16];
+    s.ranks = (int64_t *)(uintptr_t)p[17];
     s.sink = (const float *)(uintptr_t)sink;
-    s.scratch = malloc(sizeof(float) * (size_t)(s.history + 1 + s.value_size + s.groups * (s.value_size + 1)));
+    s.scratch = malloc(sizeof(float) * (size_t)(s.sinks + s.history + 1 + s.value_size + s.groups * (s.value_size + 1)));
     if (!s.scratch) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     run(&s);

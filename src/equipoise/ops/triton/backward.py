@@ -30,13 +30,22 @@ def run(call: Call) -> Tensor:
     Hedgehog maps are computed inside the kernels, both ways, where the configuration says so; the features of
     others are made here.
     """
+    return _run(call, totals=False)[0]
+
+
+def run_with_totals(call: Call) -> tuple[Tensor, Tensor]:
+    """The same and `forward.run_with_totals`' logarithms, which are differentiable too."""
+    return _run(call, totals=True)
+
+
+def _run(call: Call, *, totals: bool) -> tuple[Tensor, Any]:
     maps = map_weights(call)
     if maps is None:
         maps = _features(call.phi_q, call.q, call), _features(call.phi_k, call.k, call)
         call = replace(call, phi_q=maps[0], phi_k=maps[1])
     weights = mixing_weights(Tracked(call))
     return _Attend.apply(  # pyright: ignore[reportReturnType]
-        call.q, call.k, call.v, *maps, weights.window, weights.linear, call
+        call.q, call.k, call.v, *maps, weights.window, weights.linear, call, totals
     )
 
 
@@ -54,8 +63,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None,
-        weight_window: Tensor | None, weight_linear: Tensor | None, call: Call,
-    ) -> Tensor:  # fmt: skip
+        weight_window: Tensor | None, weight_linear: Tensor | None, call: Call, totals: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         inputs = q, k, v, phi_q, phi_k, weight_window, weight_linear
         ready = _ready(call, inputs)
         ctx.save_for_backward(*inputs)
@@ -63,15 +72,18 @@ class _Attend(torch.autograd.Function):
         if ready.maps is None:
             ctx.call = replace(ctx.call, phi_q=None, phi_k=None)
         ctx.config = ready.config
-        return attend(ready, fold(ready, final=False)[0])
+        logarithms = empty_totals(ready.tracked) if totals else None
+        return attend(ready, fold(ready, final=False)[0], logarithms), logarithms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
+        assert grads[0] is not None
+        total = None if grads[1] is None else grads[1].contiguous()
         with using(ctx.config), torch.autocast(grads[0].device.type, enabled=False):
-            found = _backward(_ready(ctx.call, inputs), grads[0].contiguous())
-        return *(_fit(total, like) for total, like in zip(found, inputs, strict=True)), None
+            found = _backward(_ready(ctx.call, inputs), grads[0].contiguous(), total)
+        return *(_fit(total, like) for total, like in zip(found, inputs, strict=True)), None, None
 
 
 def _ready(call: Call, inputs: tuple[Tensor | None, ...]) -> Plan:
@@ -107,8 +119,11 @@ class _Rows:
     far_drift: Tensor
 
 
-def _backward(ready: Plan, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, phi_q, phi_k and the branches' weights; None where one has no part."""
+def _backward(ready: Plan, grad: Tensor, total: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, phi_q, phi_k and the branches' weights; None where one has no part.
+
+    ``grad`` is of the output, ``total`` of the denominators' logarithms where they were given.
+    """
     tracked, flags = ready.tracked, ready.flags()
     has_window, has_linear = flags["HAS_WINDOW"], flags["HAS_LINEAR"]
     per_row = (tracked.batch, tracked.heads, tracked.length)
@@ -117,7 +132,7 @@ def _backward(ready: Plan, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_phi_q = _features_like(ready, 0) if has_linear else None
     weights = tuple(grad.new_empty(per_row, dtype=tracked.dtype) for _ in range(2))
     states = fold(ready, final=False)[0] if has_linear else None
-    _rows(ready, grad, rows, grad_q, grad_phi_q, weights, states)
+    _rows(ready, (grad, total), rows, grad_q, grad_phi_q, weights, states)
     grad_v = torch.empty(ready.v.shape, dtype=tracked.dtype, device=grad.device)
     grad_k = _window_keys(ready, grad, rows, grad_v) if has_window else None
     grad_phi_k = _linear_keys(ready, grad, rows, grad_v) if has_linear else None
@@ -127,7 +142,7 @@ def _backward(ready: Plan, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_phi_q = _through_map(ready, ready.q, ready.maps[0], grad_phi_q, grad_q)
         grad_k, grad_phi_k = _through_map(ready, ready.k, ready.maps[1], grad_phi_k, grad_k)
     window = weights[0][..., None] if has_window else None
-    linear = weights[1][..., None] if has_linear and not tracked.shared else None
+    linear = weights[1][..., None] if has_linear and not tracked.joint else None
     return grad_q, grad_k, grad_v, grad_phi_q, grad_phi_k, window, linear
 
 
@@ -156,21 +171,24 @@ def _through_map(
 
 
 def _rows(
-    ready: Plan, grad: Tensor, rows: _Rows, grad_q: Tensor | None, grad_phi_q: Tensor | None,
-    weights: tuple[Tensor, ...], states: Sums | None,
+    ready: Plan, grads: tuple[Tensor, Tensor | None], rows: _Rows, grad_q: Tensor | None,
+    grad_phi_q: Tensor | None, weights: tuple[Tensor, ...], states: Sums | None,
 ) -> None:  # fmt: skip
+    grad, total = grads
     tracked, call = ready.tracked, ready.tracked.call
     phi_q, phi_k, weight_window, weight_linear, sums, sums_z = present(ready, states)
     grid = (triton.cdiv(tracked.length, ready.config.queries), tracked.batch * tracked.heads)
     rows_kernel[grid](
         ready.q, ready.k, ready.v, phi_q, phi_k, *ready.map_weights(), weight_window, weight_linear,
-        *ready.tokens(), sums, sums_z, grad, grad if grad_q is None else grad_q,
+        *ready.tokens(), sums, sums_z, grad, grad if total is None else total,
+        grad if grad_q is None else grad_q,
         grad if grad_phi_q is None else grad_phi_q, *weights,
         rows.shift, rows.pull, rows.drift, rows.excess, rows.largest, rows.far_pull, rows.far_drift,
         *ready.q.stride()[:3], *ready.k.stride()[:3], *ready.v.stride()[:3], *phi_q.stride()[:3],
         *phi_k.stride()[:3], *weight_window.stride()[:3], *weight_linear.stride()[:3], tracked.length,
         call.window or 0, tracked.lag, ready.chunks, call.scale, call.softcap or 1.0, tracked.heads,
-        tracked.kv_heads, ready.memories, **ready.blocks(), **ready.flags(), **ready.launch(),
+        tracked.kv_heads, ready.memories, **ready.blocks(), **ready.flags(), HAS_TOTALS=total is not None,
+        **ready.launch(),
     )  # fmt: skip
 
 

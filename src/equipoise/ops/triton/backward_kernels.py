@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from equipoise.ops.triton.common_kernels import (
+    calibrated_factors,
     dot,
     linear_rows,
     load_rows,
@@ -33,16 +34,19 @@ from equipoise.ops.triton.map_kernels import hedgehog_half, mapped_linear_rows, 
 @no_type_check
 def rows_kernel(
     q, k, v, phi_q, phi_k, map_q, map_k, weight_window, weight_linear, valid, segments, first_segment,
-    states, states_z, grad, grad_q, grad_phi_q, grad_window, grad_linear, shifts, pulls, drifts, excesses,
+    states, states_z, grad, grad_totals, grad_q, grad_phi_q, grad_window, grad_linear, shifts, pulls, drifts, excesses,
     largest, far_pulls, far_drifts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t,
     fk_b, fk_h, fk_t, ww_b, ww_h, ww_t, wl_b, wl_h, wl_t, total, window, lag, chunks, scale, softcap, H, N, M,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, MAPPED: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, SHARED: tl.constexpr, LAGGING: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, HAS_CAP: tl.constexpr, OPERAND: tl.constexpr, SUM: tl.constexpr,
+    HAS_LINEAR: tl.constexpr, SHARED: tl.constexpr, CALIBRATED: tl.constexpr, LAGGING: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TOTALS: tl.constexpr,
+    OPERAND: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """One program per block of queries and (batch row, head); gradients and numbers are contiguous.
+
+    HAS_TOTALS, there are gradients of the logarithms that `attend_kernel` leaves then.
 
     MAPPED, grad_phi_q is the gradient of q W [B, H, T, C].
     """
@@ -102,11 +106,25 @@ def rows_kernel(
         pull, drift, shift = weight * far_pull, weight * far_drift, top
         excess = pull * along + drift * mass
         tl.store(grad_window + numbers, along / divisor + far_drift * mass, mask=exists)
+    elif CALIBRATED:
+        near_scale, far_scale, sum_z, shift = calibrated_factors(top, weight, denominator)
+        divisor = near_scale * mass + far_scale * sum_z
+        pull = tl.where(present, 1.0 / divisor, 0.0)
+        drift = -(near_scale * along + far_scale * far_along) * pull / divisor
+        if HAS_TOTALS:
+            drift += tl.load(grad_totals + numbers, mask=present, other=0.0) * pull
+        excess = mass * 0.0
+        far_pull = far_scale * pull
+        far_drift = tl.where(denominator < 1e-12, 0.0, far_scale * drift)
+        slope = far_scale * (far_along * pull + drift * sum_z)
+        tl.store(grad_window + numbers, slope, mask=exists)
     else:
         if HAS_WINDOW:
             weighed = tl.where(mass == 0, 1.0, mass)
             pull, shift = weight, top + tl.log(weighed)
             drift = -weight * along / weighed
+            if HAS_TOTALS:
+                drift += tl.load(grad_totals + numbers, mask=present, other=0.0)
             excess = mass * 0.0
             tl.store(grad_window + numbers, along / weighed, mask=exists)
         if HAS_LINEAR:

@@ -100,6 +100,15 @@ def safe(denominator):
 
 @triton.jit
 @no_type_check
+def calibrated_factors(top, score, denominator):
+    """(exp(m - r), exp(l - r), z kept above EPSILON, r): see `equipoise.ops.stream_forward.scale_factors`."""
+    total = tl.maximum(denominator, 1e-12)
+    reference = tl.maximum(top, score + tl.log(total))
+    return tl.exp(top - reference), tl.exp(score - reference), total, reference
+
+
+@triton.jit
+@no_type_check
 def window_rows(
     queries, k, v, valid, segments, rows, rows_present, first, stop, window, k_t, v_t, scale, softcap,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from equipoise.ops.stream_forward import empty_totals
 from equipoise.ops.triton.forward_kernels import attend_kernel, fold_kernel
 from equipoise.ops.triton.plan import Plan, plan
 from equipoise.ops.types import AttentionState, Call
@@ -13,10 +14,19 @@ from equipoise.ops.types import AttentionState, Call
 
 def run(call: Call, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
     """The output [B, H, T, E] in q's dtype, and the state after the last token if asked for."""
+    out, _, state = run_with_totals(call, output_final_state, wanted=False)
+    return out, state
+
+
+def run_with_totals(
+    call: Call, output_final_state: bool, *, wanted: bool = True
+) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+    """As `equipoise.ops.stream_forward.run_with_totals`."""
     ready = plan(call)
     states, final = fold(ready, final=output_final_state)
-    out = attend(ready, states)
-    return out, ready.tracked.state(*final) if output_final_state else None
+    totals = empty_totals(ready.tracked) if wanted else None
+    out = attend(ready, states, totals)
+    return out, totals, ready.tracked.state(*final) if output_final_state else None
 
 
 Sums = tuple[Tensor, Tensor]
@@ -59,8 +69,8 @@ def fold(ready: Plan, *, final: bool) -> tuple[Sums | None, tuple[Tensor | None,
     return (states, states_z), (after, after_z) if final else (None, None)
 
 
-def attend(ready: Plan, states: Sums | None) -> Tensor:
-    """The mixed output [B, H, T, E] in q's dtype."""
+def attend(ready: Plan, states: Sums | None, totals: Tensor | None = None) -> Tensor:
+    """The mixed output [B, H, T, E] in q's dtype; ``totals`` ends up with the denominators' logarithms."""
     tracked, call = ready.tracked, ready.tracked.call
     out = torch.empty(
         tracked.batch, tracked.heads, tracked.length, tracked.value_size, dtype=call.q.dtype,
@@ -70,12 +80,13 @@ def attend(ready: Plan, states: Sums | None) -> Tensor:
     grid = (triton.cdiv(tracked.length, ready.config.queries), tracked.batch * tracked.heads)
     attend_kernel[grid](
         ready.q, ready.k, ready.v, phi_q, phi_k, *ready.map_weights(), weight_window, weight_linear,
-        *ready.tokens(), sums, sums_z, out, *ready.q.stride()[:3], *ready.k.stride()[:3],
+        *ready.tokens(), sums, sums_z, out, out if totals is None else totals, *ready.q.stride()[:3],
+        *ready.k.stride()[:3],
         *ready.v.stride()[:3], *phi_q.stride()[:3], *phi_k.stride()[:3], *weight_window.stride()[:3],
         *weight_linear.stride()[:3],
         tracked.past + tracked.length, tracked.past, call.window or 0, tracked.lag, ready.phi_shift,
         ready.chunks, call.scale, call.softcap or 1.0, tracked.heads, tracked.kv_heads, ready.memories,
-        **ready.blocks(), **ready.flags(), **ready.launch(),
+        **ready.blocks(), **ready.flags(), HAS_TOTALS=totals is not None, **ready.launch(),
     )  # fmt: skip
     return out
 

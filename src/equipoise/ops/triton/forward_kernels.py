@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from equipoise.ops.triton.common_kernels import (
+    calibrated_factors,
     linear_rows,
     load_rows,
     real_tokens,
@@ -103,15 +104,18 @@ def dot_transposed(left, right):
 @no_type_check
 def attend_kernel(
     q, k, v, phi_q, phi_k, map_q, map_k, weight_window, weight_linear, valid, segments, first_segment,
-    states, states_z, out, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
+    states, states_z, out, totals, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
     ww_b, ww_h, ww_t, wl_b, wl_h, wl_t, total, past, window, lag, phi_shift, chunks, scale, softcap, H, N, M,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, MAPPED: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, SHARED: tl.constexpr, LAGGING: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, HAS_CAP: tl.constexpr, OPERAND: tl.constexpr, SUM: tl.constexpr,
+    HAS_LINEAR: tl.constexpr, SHARED: tl.constexpr, CALIBRATED: tl.constexpr, LAGGING: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TOTALS: tl.constexpr,
+    OPERAND: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The mixed output [B, H, T, E], contiguous. One program per block of queries and (batch row, head).
+    """The mixed output [B, H, T, E], contiguous; HAS_TOTALS, the logarithm of its denominator [B, H, T] too.
+
+    One program per block of queries and (batch row, head).
 
     MAPPED, features are computed here, by the Hedgehog maps map_q [H, D, C] of q and map_k [M, D, C] of k.
     """
@@ -128,10 +132,11 @@ def attend_kernel(
     e = tl.arange(0, BLOCK_E)
     mixed = tl.zeros([BLOCK_Q, BLOCK_E], SUM)
     divisor = tl.full([BLOCK_Q], 1.0, SUM)
+    reference = tl.zeros([BLOCK_Q], SUM)
     if HAS_WINDOW:
         d = tl.arange(0, BLOCK_D)
         queries = load_rows(q + b * q_b + h * q_h, query_rows, q_t, d, present, D)
-        _, _, mass, summed = window_rows(
+        top, _, mass, summed = window_rows(
             queries, k + b * k_b + n * k_h, v, valid, segments, rows, present, first, total, window, k_t,
             v_t, scale, softcap, D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, HAS_VALID, HAS_SEGMENTS, HAS_CAP,
             SUM,
@@ -140,8 +145,11 @@ def attend_kernel(
         if SHARED:
             mixed += summed * weight[:, None]
             divisor = mass * weight
+        elif CALIBRATED:
+            mixed += summed
         else:
             mixed += summed * (weight / tl.where(mass == 0, 1.0, mass))[:, None]
+            divisor, reference = tl.where(mass == 0, 1.0, mass), top
     if HAS_LINEAR:
         chunk = tl.program_id(0) * BLOCK_Q // CHUNK
         folded = tl.maximum(past + chunk * CHUNK - lag, 0)
@@ -164,9 +172,16 @@ def attend_kernel(
             )  # fmt: skip
         if SHARED:
             mixed = (mixed + numerator) / safe(divisor + denominator)[:, None]
+        elif CALIBRATED:
+            near, far, sum_z, reference = calibrated_factors(top, weight, denominator)
+            divisor = near * mass + far * sum_z
+            mixed = (mixed * near[:, None] + numerator * far[:, None]) / divisor[:, None]
         else:
             weight = tl.load(weight_linear + b * wl_b + h * wl_h + query_rows * wl_t, mask=present, other=0.0)
             mixed += numerator * (weight / safe(denominator))[:, None]
     mixed = tl.where(present[:, None], mixed, 0.0)
     length = total - past
     store_rows(out + head * length * E, query_rows, E, e, query_rows < length, mixed, E)
+    if HAS_TOTALS:
+        total_rows = tl.where(present, reference + tl.log(divisor), 0.0)
+        tl.store(totals + head * length + query_rows, total_rows, mask=query_rows < length)

@@ -129,9 +129,9 @@ class Plan:
         return {
             "MAPPED": self.maps is not None, "HAS_VALID": self.valid is not None,
             "HAS_SEGMENTS": self.segments is not None, "HAS_CAP": call.softcap is not None,
-            "LAGGING": call.lagging, "SHARED": self.tracked.shared,
+            "LAGGING": call.lagging, "SHARED": self.tracked.shared, "CALIBRATED": self.tracked.calibrated,
             "HAS_WINDOW": call.window is not None and self.weights.window is not None,
-            "HAS_LINEAR": self.phi_k is not None and (self.tracked.shared or self.weights.linear is not None),
+            "HAS_LINEAR": self.phi_k is not None and (self.tracked.joint or self.weights.linear is not None),
             "OPERAND": operand_of(call.q.dtype), "SUM": TYPES[self.tracked.dtype],
         }  # fmt: skip
 

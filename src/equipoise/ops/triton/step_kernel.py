@@ -12,7 +12,14 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from equipoise.ops.triton.common_kernels import dot, load_rows, safe, scores_of, store_rows
+from equipoise.ops.triton.common_kernels import (
+    calibrated_factors,
+    dot,
+    load_rows,
+    safe,
+    scores_of,
+    store_rows,
+)
 
 
 @triton.jit
@@ -23,8 +30,8 @@ def step_kernel(
     new_totals, new_folded, new_pending, gate_b, gate_h, scale, softcap, H, N, M,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
-    SLOTS: tl.constexpr, BATCHED: tl.constexpr, SHARED: tl.constexpr, LAGGING: tl.constexpr,
-    FROM_STATE: tl.constexpr, HAS_CAP: tl.constexpr, SUM: tl.constexpr,
+    SLOTS: tl.constexpr, BATCHED: tl.constexpr, SHARED: tl.constexpr, CALIBRATED: tl.constexpr,
+    LAGGING: tl.constexpr, FROM_STATE: tl.constexpr, HAS_CAP: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch row, memory) and block of E; all tensors contiguous.
 
@@ -122,6 +129,10 @@ def step_kernel(
     weight = tl.load(gate + b * gate_b + (m * (H // M) + member) * gate_h, mask=real, other=0.0).to(SUM)
     if SHARED:
         mixed = (near * weight[:, None] + far) / safe(mass * weight + far_mass)[:, None]
+    elif CALIBRATED:
+        near_scale, far_scale, far_mass, _ = calibrated_factors(top, weight, far_mass)
+        mixed = near * near_scale[:, None] + far * far_scale[:, None]
+        mixed = mixed / (near_scale * mass + far_scale * far_mass)[:, None]
     else:
         if LAGGING:  # until the window is full, linear attention has no key to see
             weight = tl.where(tl.load(folded + b) > 0, weight, 1.0)
