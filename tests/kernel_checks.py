@@ -33,7 +33,8 @@ def lengths_and_mixings() -> list[Any]:
             },
             id=f"{mixing}-{'overlap' if overlap else 'disjoint'}-{length}",
         )
-        for mixing in ("convex", "shared", "calibrated") for overlap in (True, False) for length in (1, 63, 130)
+        for mixing in ("convex", "shared", "calibrated")
+        for overlap in (True, False) for length in (1, 63, 130)
         if overlap or mixing != "calibrated"
     ]  # fmt: skip
 

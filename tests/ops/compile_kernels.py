@@ -64,7 +64,8 @@ def constants(
         "BLOCK_Q": config.queries, "BLOCK_K": config.keys, "CHUNK": config.chunk,
         "STEP": min(config.features, size), "MAPPED": mapped,
         "R": 63, "BLOCK_R": 64, "HEADS": 16, "SLOTS": SLOTS, "OPERAND": operand, "SUM": tl.float32,
-        "SHARED": shared, "CALIBRATED": False, "HAS_TOTALS": False, "LAGGING": shared, "WIDTH": min(WIDTH, features), "FLOOR": 1e-12,
+        "SHARED": shared, "LAGGING": shared, "CALIBRATED": False, "HAS_TOTALS": False,
+        "WIDTH": min(WIDTH, features), "FLOOR": 1e-12,
     }  # fmt: skip
     if kernel.fn.__name__ in ("fold_kernel", "unfold_kernel", "step_kernel"):
         known["BLOCK_E"] = 32

@@ -31,12 +31,13 @@ STATES = [
 ]
 GRID = list(
     itertools.product(
-        ("convex", "shared", "calibrated"), (True, False), ("none", "left", "holes"), (False, True), (True, False),
-        (True, False), (1, 37, 150), (1, 5, 20), (None, 3.0), (0, 3),
+        ("convex", "shared", "calibrated"), (True, False), ("none", "left", "holes"), (False, True),
+        (True, False), (True, False), (1, 37, 150), (1, 5, 20), (None, 3.0), (0, 3),
     )
 )  # fmt: skip
 NAMES = [
-    "mixing", "overlap", "padding", "packed", "tensors", "per_kv_head", "length", "window", "softcap", "sinks",
+    "mixing", "overlap", "padding", "packed", "tensors", "per_kv_head", "length", "window", "softcap",
+    "sinks",
 ]  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def test_decoding_step(
     def maps(q: Tensor, k: Tensor) -> tuple[Any, Any]:
         return (phi_q(q), phi_k(k)) if tensors else (phi_q, phi_k)
 
-    options = {"mixing": mixing, "overlap": overlap, "window": window, "sinks": sinks}
+    options: dict[str, Any] = {"mixing": mixing, "overlap": overlap, "window": window, "sinks": sinks}
     options["sink_logits"] = normal(4, seed=8) if window == 5 else None
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         general, expected = decode("walk", dtype, False, options, maps, padding)
@@ -251,7 +252,13 @@ def test_compiled_step_in_bfloat16(
     run = native_step.run
     monkeypatch.setattr(native_step, "run", lambda call: (used.append(True), run(call))[1])
     phi_q, phi_k = PositiveMap(4, seed=1), PositiveMap(4, seed=2)
-    options = {"mixing": mixing, "overlap": True, "window": 5, "softcap": softcap, "sinks": sinks}
+    options: dict[str, Any] = {
+        "mixing": mixing,
+        "overlap": True,
+        "window": 5,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
     options["sink_logits"] = normal(4, seed=8, dtype=torch.bfloat16) if sink else None
     out, _ = decode("stream", torch.bfloat16, True, options, lambda q, k: (phi_q, phi_k), "none")
     general, _ = decode("walk", torch.bfloat16, False, options, lambda q, k: (phi_q, phi_k), "none")
@@ -296,8 +303,10 @@ def test_what_stream_leaves_to_walk(
     monkeypatch.setattr(dispatch, "_said", set())
     phi = PositiveMap(4, seed=1), PositiveMap(4, seed=2)
 
+    given: dict[str, Any] = {"window": 4, **options}
+
     def call() -> Tensor:
-        return hybrid_attention(*attention_inputs(9), *phi, **{"window": 4, **options})[0]
+        return hybrid_attention(*attention_inputs(9), *phi, **given)[0]
 
     with caplog.at_level(logging.INFO, logger="equipoise.ops"):
         out, again = call(), call()

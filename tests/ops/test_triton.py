@@ -22,7 +22,6 @@ from equipoise.ops.dispatch import BackendError, backend
 from equipoise.ops.reference import hybrid_attention_reference
 from kernel_checks import (
     RULES,
-    TOLERANCES,
     assert_agree,
     assert_same_end,
     by_sizes,
@@ -82,7 +81,13 @@ def check(setting: Setting, config: Config, place: tuple[str, torch.dtype]) -> N
     assert_agree(names, ours, setting.expected(place[1]), place[1])
 
 
-@pytest.mark.parametrize("options", RULES)
+SINKS: tuple[dict[str, Any], ...] = (
+    {"mixing": "convex", "sinks": 2, "packed": True},
+    {"mixing": "calibrated", "sinks": 3, "padding": "left", "softcap": 3.0},
+)
+
+
+@pytest.mark.parametrize("options", [*RULES, *SINKS])
 def test_outputs_and_gradients(options: dict[str, Any], place: tuple[str, torch.dtype]) -> None:
     check(Setting(70, **options), SMALL, place)
 
@@ -95,11 +100,12 @@ def test_lengths_and_mixings(length: int, options: dict[str, Any], place: tuple[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=by_sizes)
-@pytest.mark.parametrize("mixing", ["convex", "shared"])
+@pytest.mark.parametrize("mixing", ["convex", "shared", "calibrated"])
 def test_every_configuration(mixing: str, config: Config, place: tuple[str, torch.dtype]) -> None:
     """More than a chunk; more features than a block holds; padding and segments; a state that lags."""
     setting = Setting(
-        config.chunk + 2 * config.queries + 5, mixing=mixing, overlap=False, packed=True, padding="left",
+        config.chunk + 2 * config.queries + 5, mixing=mixing, overlap=mixing == "calibrated", packed=True,
+        padding="left",
         features=config.features + 5, window=37,
     )  # fmt: skip
     check(setting, config, place)
@@ -117,20 +123,38 @@ def test_branches(branches: Branches, place: tuple[str, torch.dtype]) -> None:
     check(Setting(20, branches=branches, window=5, per_token=False), SMALL, place)
 
 
-@pytest.mark.parametrize("alone", ["window", "linear"])
-def test_one_branch(alone: str, place: tuple[str, torch.dtype]) -> None:
-    setting = Setting(20, window=5 if alone == "window" else None)
-    if alone == "window":
-        setting.tensors[3:] = []
-        device, dtype = place
-        q, k, v = (x.to(device, dtype) for x in setting.tensors)
-        with using(SMALL), torch.no_grad():
-            out, _ = hybrid_attention(q, k, v, None, None, window=5)
-        wide = [x.double().cpu() for x in (q, k, v)]
-        expected = hybrid_attention_reference(wide[0], wide[1], wide[2], None, None, window=5)
-        torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=TOLERANCES[dtype])
-    else:
-        check(setting, SMALL, place)
+def test_linear_attention_alone(place: tuple[str, torch.dtype]) -> None:
+    check(Setting(20, window=None), SMALL, place)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_window_alone(sinks: int, place: tuple[str, torch.dtype]) -> None:
+    """Outputs and gradients; then a state, and steps of decoding from it."""
+    device, dtype = place
+    given = [x.to(device, dtype) for x in Setting(20).tensors[:3]]
+    q, k, v = (x.clone().requires_grad_() for x in given)
+    with using(SMALL), backend("triton"):
+        out, _ = hybrid_attention(q, k, v, None, None, window=5, sinks=sinks)
+    weights = normal(*out.shape, seed=9)
+    (out * weights.to(device, dtype)).sum().backward()
+    wide = [x.double().cpu().requires_grad_() for x in given]
+    expected = hybrid_attention_reference(wide[0], wide[1], wide[2], None, None, window=5, sinks=sinks)
+    (expected * weights.to(dtype).double()).sum().backward()
+    assert_agree(("output", "q", "k", "v"), found(out, [q, k, v]), found(expected, wide), dtype)
+
+    def decoded(name: str) -> tuple[Tensor, AttentionState]:
+        outs, state = [], None
+        with backend(name), torch.no_grad(), using(SMALL):
+            for start, stop in ((0, 17), (17, 18), (18, 19), (19, 20)):
+                q, k, v = (x[:, :, start:stop] for x in given)
+                out, state = hybrid_attention(
+                    q, k, v, None, None, window=5, sinks=sinks, initial_state=state, output_final_state=True
+                )
+                outs.append(out)
+        assert state is not None
+        return torch.cat(outs, 2), state
+
+    assert_same_end(decoded("triton"), decoded("walk"), dtype)
 
 
 def run_parts(
@@ -206,7 +230,7 @@ def on_the_device() -> tuple[list[Tensor], list[PositiveMap]]:
 def test_what_the_kernels_leave_to_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, phi = on_the_device()
     refused = [
-        ({"sinks": 1}, r"triton backend cannot run sinks.*auto"),
+        ({"sinks": 1, "overlap": False}, r"triton backend cannot run sinks.*auto"),
         ({"layout": "terraced"}, "terraced"),
         ({"sink_logits": torch.zeros(4, device=inputs[0].device)}, "learned sink logits"),
         ({"output_final_state": True}, "gradients through a state"),
@@ -228,7 +252,7 @@ def test_falling_back_on_a_device_is_said_once(
     monkeypatch.setattr(dispatch, "run", lambda call, last: dispatch._run_triton(call, last, insist=False))
     inputs, phi = on_the_device()
     with caplog.at_level("INFO", logger="equipoise.ops"):
-        out, again = (hybrid_attention(*inputs, *phi, window=4, sinks=1)[0] for _ in range(2))
+        out, again = (hybrid_attention(*inputs, *phi, window=4, sinks=1, overlap=False)[0] for _ in range(2))
     assert torch.equal(out, again)
     assert caplog.messages == ["the slower general path runs: sinks"]
 

@@ -106,7 +106,9 @@ def _run_stream(call: Call, output_final_state: bool) -> tuple[Tensor, Attention
     return stream_forward.run(call, output_final_state)
 
 
-def _stream_parts(call: Call, totals: bool, keep: bool) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+def _stream_parts(
+    call: Call, totals: bool, keep: bool
+) -> tuple[Tensor, Tensor | None, AttentionState | None]:
     """A call without sinks, as `equipoise.ops.with_sinks` wants it."""
     if not needs_gradient(call):
         return stream_forward.run_with_totals(call, keep, wanted=totals)

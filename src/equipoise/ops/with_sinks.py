@@ -20,8 +20,8 @@ from equipoise.ops.tokens import Tokens, index_tokens, last_slots
 from equipoise.ops.types import AttentionState, Call, accumulation_dtype
 
 Attend = Callable[[Call, bool, bool], tuple[Tensor, Tensor | None, AttentionState | None]]
-"""A fast path: of a call without sinks, whether the logarithms of the denominators are wanted, and whether the
-state is, the output, those, and that."""
+"""A fast path: given a call without sinks, and whether the logarithms of the denominators and the state are
+wanted, it returns the output, those, and that."""
 
 
 def run(call: Call, attend: Attend, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
@@ -42,9 +42,7 @@ def run(call: Call, attend: Attend, output_final_state: bool) -> tuple[Tensor, A
     return out.to(call.q.dtype), None if state is None else _with_sinks(call, tokens, state)
 
 
-def _convex(
-    call: Call, tokens: Tokens, attend: Attend, keep: bool
-) -> tuple[Tensor, AttentionState | None]:
+def _convex(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Tensor, AttentionState | None]:
     """Each branch by itself, and their mean."""
     near, state = _merged(replace(call, phi_q=None, phi_k=None), tokens, attend, keep)
     linear = replace(call, window=None, sinks=0, sink_logits=None, softcap=None)
@@ -59,9 +57,7 @@ def _convex(
     return out, state
 
 
-def _merged(
-    call: Call, tokens: Tokens, attend: Attend, keep: bool
-) -> tuple[Tensor, AttentionState | None]:
+def _merged(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Tensor, AttentionState | None]:
     """The output of the fast path with what its windows have left behind, in the dtype of sums."""
     out, total, state = attend(replace(call, sinks=0), True, keep)
     assert total is not None
@@ -135,9 +131,7 @@ def _by_row(rows: Tensor, matrices: Tensor) -> Tensor:
 def _with_sinks(call: Call, tokens: Tokens, state: AttentionState) -> AttentionState:
     """The state with the sinks that the last window has left behind, as `equipoise.ops.walk` leaves it."""
     assert tokens.ranks is not None
-    keys, values = (
-        x if call.key_mask is None else _zeroed(x, call.key_mask) for x in (call.k, call.v)
-    )
+    keys, values = (x if call.key_mask is None else _zeroed(x, call.key_mask) for x in (call.k, call.v))
     history = state.keys.shape[2]
     sinks = Sinks().leave(max(0, tokens.length - history), call.sinks, keys, values, None, tokens)
     sinks = sinks.or_empty(call.sinks, keys, values, None, tokens.segments is not None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equipoise.ops.stream import Weights
-from equipoise.ops.stream_forward import mixing_weights
+from equipoise.ops.stream_forward import empty_totals, mixing_weights
 from equipoise.ops.triton.backward_kernels import rows_kernel, unfold_kernel
 from equipoise.ops.triton.configs import using
 from equipoise.ops.triton.forward import Sums, attend, fold, present

@@ -34,8 +34,8 @@ from equipoise.ops.triton.map_kernels import hedgehog_half, mapped_linear_rows, 
 @no_type_check
 def rows_kernel(
     q, k, v, phi_q, phi_k, map_q, map_k, weight_window, weight_linear, valid, segments, first_segment,
-    states, states_z, grad, grad_totals, grad_q, grad_phi_q, grad_window, grad_linear, shifts, pulls, drifts, excesses,
-    largest, far_pulls, far_drifts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t,
+    states, states_z, grad, grad_totals, grad_q, grad_phi_q, grad_window, grad_linear, shifts, pulls, drifts,
+    excesses, largest, far_pulls, far_drifts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t,
     fk_b, fk_h, fk_t, ww_b, ww_h, ww_t, wl_b, wl_h, wl_t, total, window, lag, chunks, scale, softcap, H, N, M,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, STEP: tl.constexpr, BLOCK_Q: tl.constexpr,

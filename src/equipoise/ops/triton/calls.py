@@ -59,7 +59,8 @@ def _misplaced(tensor: Tensor) -> str | None:
 def run(call: Call, output_final_state: bool, *, gradient: bool) -> tuple[Tensor, AttentionState | None]:
     """Run a supported call; with gradients there is no state on either end."""
     if step.supports(call):
-        out, state = step.run(call) if call.phi_k is None else decode.run(call)
+        plain = call.phi_k is None or call.sinks > 0  # what the kernel of one step leaves out
+        out, state = step.run(call) if plain else decode.run(call)
         return out, state if output_final_state else None
     if call.state is not None:
         call = replace(call, state=call.state.settled())

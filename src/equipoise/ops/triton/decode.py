@@ -68,8 +68,8 @@ def run(call: Call) -> tuple[Tensor, AttentionState]:
         D=size, E=value_size, F=features, R=history, BLOCK_D=padded(size), BLOCK_E=width,
         BLOCK_F=min(FEATURES, padded(features)), BLOCK_R=min(TOKENS, padded(history + 1)),
         HEADS=padded(heads // memories), SLOTS=SLOTS, BATCHED=in_place, SHARED=call.mixing == "shared",
-        CALIBRATED=call.mixing == "calibrated", LAGGING=call.lagging, FROM_STATE=from_state, HAS_CAP=call.softcap is not None, SUM=TYPES[dtype],
-        num_warps=4, num_stages=1,
+        CALIBRATED=call.mixing == "calibrated", LAGGING=call.lagging, FROM_STATE=from_state,
+        HAS_CAP=call.softcap is not None, SUM=TYPES[dtype], num_warps=4, num_stages=1,
     )  # fmt: skip
     if from_state:
         after["features"] = new_features

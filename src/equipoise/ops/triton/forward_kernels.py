@@ -104,8 +104,9 @@ def dot_transposed(left, right):
 @no_type_check
 def attend_kernel(
     q, k, v, phi_q, phi_k, map_q, map_k, weight_window, weight_linear, valid, segments, first_segment,
-    states, states_z, out, totals, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
-    ww_b, ww_h, ww_t, wl_b, wl_h, wl_t, total, past, window, lag, phi_shift, chunks, scale, softcap, H, N, M,
+    states, states_z, out, totals, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b,
+    fk_h, fk_t, ww_b, ww_h, ww_t, wl_b, wl_h, wl_t, total, past, window, lag, phi_shift, chunks, scale,
+    softcap, H, N, M,
     D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, STEP: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, MAPPED: tl.constexpr, HAS_WINDOW: tl.constexpr,
