@@ -183,7 +183,9 @@ def converted(
             if settings.get(stage) is not None
         }
         source = {"source": str(data), "context_length": on.length}
-        own = {"data": source, "watch": None, "precision": "float32"}  # as on a CPU, wherever it runs
+        stops = (shipped := load_recipe(recipe).finetune) is not None and shipped.early_stopping is not None
+        # float32 as on a CPU, wherever it runs; watched only where the recipe stops by what it sees
+        own = {"data": source, "watch": {} if stops else None, "precision": "float32"}
         run = load_recipe(recipe, {**settings, **sized, **own})
         convert(str(at.donor), run, Path(folder) / "out", seed=seed, console=console)
         return opened(Path(folder) / "out")
