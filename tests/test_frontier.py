@@ -67,7 +67,7 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
         assert run.finetune is not None
         assert (run.transfer.max_steps or 0) + (run.finetune.max_steps or 0) == frontier.STEPS
         assert run.allocation is None  # shared out once, before
-        rates = {"half-rate": 2.5e-4, "twice-rate": 1e-3, "four-times-rate": 2e-3}
+        rates = {"half-rate": 2.5e-4, "twice-rate": 1e-3, "four-times-rate": 2e-3, "eight-times-rate": 4e-3}
         assert run.finetune.learning_rate == rates.get(name, 5e-4)
     settings = [
         load_recipe(*frontier.settings_of(name, DEMO)).hybrid

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from equipoise.evaluate.recall_text import Haystack
-from equipoise.recall_demo import BATCH, RECIPES, REFERENCE, recall_recipe, run_recall_demo
+from equipoise.recall_demo import BATCH, BUDGET_WINDOW, RECIPES, REFERENCE, recall_recipe, run_recall_demo
 from equipoise.recall_donor import (
     CONTEXT,
     PairText,
@@ -43,7 +43,7 @@ def test_every_trained_recipe_sees_the_same_tokens_at_the_same_rates(tmp_path: P
         stages = [stage for stage in (run.transfer, run.finetune) if stage is not None]
         assert sum((stage.max_steps or 0) * stage.batch_size for stage in stages) == 40 * BATCH
         assert run.hybrid is not None
-        assert run.hybrid.window == 16
+        assert run.hybrid.window == (16 if run.allocation is None else BUDGET_WINDOW)
         assert run.data.context_length == CONTEXT
         assert Path(run.data.source).parent == tmp_path
     assert len({run.transfer.learning_rate for run in runs if run.transfer}) == 1
@@ -114,11 +114,11 @@ def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: p
             place, seeds=seeds, console=Console(quiet=True), settings=settings, budget=4, texts=3
         )
     assert [group.name for group in groups] == [*RECIPES, REFERENCE]
-    assert [len(group.runs) for group in groups] == [2, 2, 2, 1]
+    assert [len(group.runs) for group in groups] == [2, 2, 2, 2, 1]
     assert len(list((tmp_path / "cache" / "donors").glob("recall-*/config.json"))) == 1
     data = json.loads((place / "recall.json").read_text(encoding="utf-8"))
     assert len(data["items"]) == 3 * 10
-    own, reference = (data["groups"][i]["states"] for i in (2, 3))
+    own, reference = (data["groups"][i]["states"] for i in (3, 4))
     assert own["both"]["reach"] == 2 * 15
     # the reference is what the control of ssd is: the same window, the same answers
     assert own["swa_sinks_equal_bytes"]["window"] * 2 - 2 == reference["both"]["reach"]
@@ -127,4 +127,4 @@ def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: p
     }
     page = (place / "recall.html").read_text(encoding="utf-8")
     assert "Which branch answers beyond every reach" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5

@@ -139,6 +139,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "half-rate": {"finetune": {"learning_rate": 2.5e-4}},  # of LoRA; maps and gates have their own
     "twice-rate": {"finetune": {"learning_rate": 1e-3}},
     "four-times-rate": {"finetune": {"learning_rate": 2e-3}},
+    "eight-times-rate": {"finetune": {"learning_rate": 4e-3}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,

@@ -1,9 +1,9 @@
 """The fast path on CPU: one pass over chunks of queries whose scratch memory stays in cache.
 
-Computes what `equipoise.ops.walk` does, for sliding windows without sinks. Three things make it faster: the
-window's softmax is one fused call on a band of C + w - 1 keys, the running sums are updated in place, and
-every chunk writes straight into the output. Shapes follow the legend in `equipoise.ops.types`; C is the
-chunk, X the tokens of history and call on one axis.
+Computes what `equipoise.ops.walk` does, for sliding windows; `equipoise.ops.with_sinks` adds the sinks. Three
+things make it faster: the window's softmax is one fused call on a band of C + w - 1 keys, the running sums
+are updated in place, and every chunk writes straight into the output. Shapes follow the legend in
+`equipoise.ops.types`; C is the chunk, X the tokens of history and call on one axis.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from equipoise.ops import step
 from equipoise.ops.tokens import Tokens, causal_mask, index_tokens, last_slots, window_mask
 from equipoise.ops.types import AttentionState, Call, FeatureMapLike, accumulation_dtype, history_length
 
@@ -38,8 +37,6 @@ def unsupported(call: Call) -> str | None:
     both = all(flag is True for flag in flags)
     if call.window == 0 or (call.sinks and (call.lagging or not both or call.mixing == "shared")):
         return "sinks"
-    if call.sinks and call.state is not None and not step.supports(call):
-        return "several tokens behind sinks of a state"
     if call.phi_k is not None and isinstance(call.phi_q, Tensor) != isinstance(call.phi_k, Tensor):
         return "features of queries as a tensor and of keys as a map, or the reverse"
     if call.mixing != "convex" and not both and None not in (call.window, call.phi_k):

@@ -27,11 +27,11 @@ wanted, it returns the output, those, and that."""
 def run(call: Call, attend: Attend, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
     """The output [B, H, T, E] in q's dtype, and the state after the last token if asked for.
 
-    For calls from the start of a sequence, with a sliding window over keys that linear attention sees too.
+    For a sliding window over keys that linear attention sees too.
     """
     tokens = index_tokens(
         batch=call.q.shape[0], length=call.q.shape[2], device=call.q.device, key_mask=call.key_mask,
-        segment_ids=call.segment_ids, state=None, sinks=call.sinks, layout=call.layout,
+        segment_ids=call.segment_ids, state=call.state, sinks=call.sinks, layout=call.layout,
     )  # fmt: skip
     if call.phi_k is None or call.mixing == "calibrated":
         out, state = _merged(call, tokens, attend, output_final_state)
@@ -45,7 +45,8 @@ def run(call: Call, attend: Attend, output_final_state: bool) -> tuple[Tensor, A
 def _convex(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Tensor, AttentionState | None]:
     """Each branch by itself, and their mean."""
     near, state = _merged(replace(call, phi_q=None, phi_k=None), tokens, attend, keep)
-    linear = replace(call, window=None, sinks=0, sink_logits=None, softcap=None)
+    before = None if call.state is None else _last_token(call.state)
+    linear = replace(call, window=None, sinks=0, sink_logits=None, softcap=None, state=before)
     far, _, sums = attend(linear, False, keep)
     gate = torch.as_tensor(call.gate, dtype=near.dtype, device=near.device)
     out = torch.lerp(far.to(near.dtype), near, gate.expand(near.shape[:3])[..., None])
@@ -62,7 +63,8 @@ def _merged(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Ten
     out, total, state = attend(replace(call, sinks=0), True, keep)
     assert total is not None
     places, seen = _left_behind(call, tokens)
-    clean = tuple(x if call.key_mask is None else _zeroed(x, call.key_mask) for x in (call.q, call.k, call.v))
+    queries = call.q if call.key_mask is None else _zeroed(call.q, call.key_mask)
+    clean = (queries, *_held(call, sinks=True))
     if tokens.segments is None:
         return _joined(call, out, total, clean, places[:, -1:], seen), state
     if not torch.is_grad_enabled():
@@ -79,8 +81,32 @@ def _zeroed(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.masked_fill(~mask[:, None, :, None], 0)
 
 
+def _held(call: Call, *, sinks: bool) -> list[Tensor]:
+    """Keys and values on one axis: the sinks of the state if wanted, its other tokens, the new ones."""
+    found = [x if call.key_mask is None else _zeroed(x, call.key_mask) for x in (call.k, call.v)]
+    state = call.state
+    if state is None:
+        return found
+    found = [torch.cat(pair, 2) for pair in zip((state.keys, state.values), found, strict=True)]
+    if sinks and state.sink_keys is not None and state.sink_values is not None:
+        found = [torch.cat(pair, 2) for pair in zip((state.sink_keys, state.sink_values), found, strict=True)]
+    return found
+
+
+def _last_token(state: AttentionState) -> AttentionState:
+    """What linear attention goes on from, which looks back at no window."""
+    last = slice(-1, None)
+    return AttentionState(
+        keys=state.keys[:, :, last], values=state.values[:, :, last], valid=state.valid[:, last],
+        segments=None if state.segments is None else state.segments[:, last],
+        linear_state=state.linear_state, linear_normalizer=state.linear_normalizer, folded=state.folded,
+        folded_segment=state.folded_segment,
+    )  # fmt: skip
+
+
 def _left_behind(call: Call, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Where each row's sinks are [B, T, P], and which of them its window does not reach [B, T, P]."""
+    """Where each new token's sinks are on the axis of `_held` [B, T, P], and which of them its window does
+    not reach [B, T, P]."""
     assert tokens.ranks is not None
     assert call.window is not None
     rows = torch.arange(tokens.length, device=call.q.device)[None, :, None]
@@ -88,13 +114,22 @@ def _left_behind(call: Call, tokens: Tokens) -> tuple[Tensor, Tensor]:
     if tokens.valid is not None:
         chosen = chosen & tokens.valid[..., None]
     # ranks start again with every segment, so that the last place of a rank is the row's own, or too early
-    places = torch.where(chosen, rows, -1).cummax(1).values
-    seen = (places >= 0) & (rows - places >= call.window)
+    places = torch.where(chosen, rows, -1).cummax(1).values[:, tokens.history :]
+    rows, there = rows[:, tokens.history :], places >= 0
     places = places.clamp_min(0)
+    segments = None if tokens.segments is None else tokens.segments[:, tokens.history :, None]
     if tokens.segments is not None:
         own = tokens.segments.gather(1, places.flatten(1)).view_as(places)
-        seen = seen & (own == tokens.segments[..., None])
-    return places, seen
+        there = there & (own == segments)
+    seen = there & (rows - places >= call.window)
+    state = call.state
+    if state is None or state.sink_valid is None:
+        return places, seen
+    kept = state.sink_valid[:, None]
+    if segments is not None and state.sink_segment is not None:
+        kept = kept & (segments == state.sink_segment[:, None, None])
+    slots = torch.arange(call.sinks, device=rows.device)
+    return torch.where(kept, slots, places + call.sinks), seen | kept
 
 
 def _joined(
@@ -131,9 +166,11 @@ def _by_row(rows: Tensor, matrices: Tensor) -> Tensor:
 def _with_sinks(call: Call, tokens: Tokens, state: AttentionState) -> AttentionState:
     """The state with the sinks that the last window has left behind, as `equipoise.ops.walk` leaves it."""
     assert tokens.ranks is not None
-    keys, values = (x if call.key_mask is None else _zeroed(x, call.key_mask) for x in (call.k, call.v))
+    keys, values = _held(call, sinks=False)
     history = state.keys.shape[2]
-    sinks = Sinks().leave(max(0, tokens.length - history), call.sinks, keys, values, None, tokens)
+    sinks = Sinks.of(call.state).leave(
+        max(0, tokens.length - history), call.sinks, keys, values, None, tokens
+    )
     sinks = sinks.or_empty(call.sinks, keys, values, None, tokens.segments is not None)
     return replace(
         state, ranks=last_slots(tokens.ranks, history, 1), sink_keys=sinks.keys, sink_values=sinks.values,
