@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -91,9 +92,9 @@ class Setting:
             sink_logits=self.sink_logits, chunk_size=16, **self.options, **more,
         )  # fmt: skip
 
-    def split(self, name: str) -> list[Tensor]:
+    def split(self, name: str, cuts: Sequence[int] = ()) -> list[Tensor]:
         """Outputs and final state of the sequence cut into uneven parts, single tokens among them."""
-        cuts = sorted(
+        cuts = cuts or sorted(
             {0, *(min(cut, self.length) for cut in (self.length // 3, self.length // 3 + 1, 30)), self.length}
         )
         outs, state = [], None
@@ -149,6 +150,38 @@ def test_stream_equals_walk(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", sample(240, seed=1))
 def test_stream_equals_walk_in_more_settings(case: dict[str, Any]) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padding", ["none", "holes"])
+@pytest.mark.parametrize("mixing", ["convex", "calibrated"])
+def test_sinks_in_every_state(mixing: str, padding: str, packed: bool) -> None:
+    """Parts shorter than the window first, so that sinks lie in the state, in its window, and before both."""
+    case = {
+        "mixing": mixing, "padding": padding, "packed": packed, "sinks": 3, "window": 9, "length": 60,
+        "overlap": True, "tensors": True, "per_kv_head": True, "softcap": None, "branches": Branches(),
+        "gate": "per token", "sink": False,
+    }  # fmt: skip
+    setting = Setting(case)
+    for cuts in ([0, 2, 4, 30, 60], [0, 8, 11, 12, 50, 60]):
+        assert_equal(setting.split("stream", cuts), setting.split("walk", cuts))
+    assert_equal(setting.gradients("stream"), setting.gradients("walk"))
+
+
+def test_calibrated_mixing_where_features_vanish() -> None:
+    """Queries that read nothing of the state, and keys that write nothing."""
+    q, k, v = attention_inputs(40, seed=6)
+    phi = [normal(2, heads, 40, 7, seed=seed).abs() for heads, seed in ((4, 1), (2, 2))]
+    phi[0][:, :, ::3] = 0
+    phi[1][:, :, :5] = 0
+    found: list[list[Tensor]] = []
+    for name in ("stream", "walk"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, *phi)]
+        with backend(name):
+            out, _ = hybrid_attention(*leaves[:5], window=6, mixing="calibrated", gate=-1.0)
+        found.append([out, *torch.autograd.grad((out * normal(*out.shape, seed=9)).sum(), leaves)])
+    for one, other in zip(*found, strict=True):  # through divisions by 1e-12, one of which is undone
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
 
 
 def decode(
