@@ -114,7 +114,7 @@ def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: p
             place, seeds=seeds, console=Console(quiet=True), settings=settings, budget=4, texts=3
         )
     assert [group.name for group in groups] == [*RECIPES, REFERENCE]
-    assert [len(group.runs) for group in groups] == [2, 2, 2, 2, 1]
+    assert [len(group.runs) for group in groups] == [2, 2, 2, 2, 1]  # seeds of the default recipe as well
     assert len(list((tmp_path / "cache" / "donors").glob("recall-*/config.json"))) == 1
     data = json.loads((place / "recall.json").read_text(encoding="utf-8"))
     assert len(data["items"]) == 3 * 10

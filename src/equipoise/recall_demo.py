@@ -24,7 +24,7 @@ from rich.table import Table as Grid
 
 from equipoise import __version__
 from equipoise.audit.attribution import attribute
-from equipoise.config import RunConfig
+from equipoise.config import HybridConfig, RunConfig
 from equipoise.evaluate.recall_examples import Example, build_examples
 from equipoise.evaluate.recall_report import Described, reach_table, summary, write_recall
 from equipoise.evaluate.recall_results import Group, RecallRun, beyond_all, grouped, score_table
@@ -175,9 +175,11 @@ def _runs(
     runs: list[RecallRun] = []
     window = OVERRIDES["hybrid"]["window"]
     for recipe in RECIPES:
+        config = recall_recipe(recipe, output, budget)
         for seed in seeds:
             place = output / f"{recipe}-{seed}"
-            convert(str(donor), recall_recipe(recipe, output, budget), place, seed=seed, console=console)
+            convert(str(donor), config, place, seed=seed, console=console)
+            config = _as_measured(config, place)
             run, window = _ask(place, recipe, seed, (*OWN_STATES, *SHARED_STATES), examples, known)
             runs.append(run)
             share = run.answers["both"].right.mean()
@@ -188,6 +190,14 @@ def _runs(
     convert(str(donor), wider, output / REFERENCE, console=console)
     runs.append(_ask(output / REFERENCE, REFERENCE, 0, ("both", "softmax"), examples, known)[0])
     return runs
+
+
+def _as_measured(run: RunConfig, place: Path) -> RunConfig:
+    """The recipe with the windows that a seed has measured, for the others: they see equally far then."""
+    if run.allocation is None:
+        return run
+    described = json.loads((place / "config.json").read_text(encoding="utf-8"))["equipoise"]
+    return run.model_copy(update={"allocation": None, "hybrid": HybridConfig(**described["hybrid"])})
 
 
 def _ask(

@@ -25,6 +25,8 @@ from equipoise.evaluate.recall_running import CONTROL, items_of
 from equipoise.pages import Cell, Figure, Page, Section, Table, Text, number, percent, plotting, write_results
 
 NAME = "recall"
+CLOSE = 2.2
+"""Labels of two reaches lie on one another where one is less than so many times the other."""
 
 _STYLES: Mapping[str, tuple[str, str, str]] = {
     "softmax": (plotting.DONOR_COLOUR, ":", "softmax (the donor)"),
@@ -149,14 +151,15 @@ def figure(group: Group, *, salt: str, resamples: int = 2000) -> Figure:
         if len(group.runs) > 1:
             low, high = zip(*(recall.spread for recall in found), strict=True)
             axes.fill_between(middles, low, high, color=colour, alpha=0.15, linewidth=0)
-    drawn: set[int] = set()
+    drawn: dict[int, float] = {}
     for state in (s for s in ("both", "window", CONTROL) if s in group.states):
         reach = group.sights[state].reach
         if reach and reach not in drawn:
-            drawn.add(reach)
+            # a label above the one that it would lie on
+            drawn[reach] = 1.04 + 0.06 * any(max(reach, at) < CLOSE * min(reach, at) for at in drawn)
             control = state == CONTROL
             axes.axvline(reach, color=_STYLES[state][0], linestyle=(0, (4, 2)), linewidth=1.2)
-            axes.annotate(f"{'control ' if control else ''}reach {reach}", (reach, 1.04), ha="center",
+            axes.annotate(f"{'control ' if control else ''}reach {reach}", (reach, drawn[reach]), ha="center",
                           fontsize=plotting.FONT - 2, color=plotting.INK, annotation_clip=False)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
