@@ -11,7 +11,16 @@ import pytest
 from rich.console import Console
 
 from equipoise.evaluate.recall_text import Haystack
-from equipoise.recall_demo import BATCH, BUDGET_WINDOW, RECIPES, REFERENCE, recall_recipe, run_recall_demo
+from equipoise.recall_demo import (
+    BATCH,
+    BUDGET_WINDOW,
+    RECIPES,
+    REFERENCE,
+    _as_measured,
+    _own_overrides,
+    recall_recipe,
+    run_recall_demo,
+)
 from equipoise.recall_donor import (
     CONTEXT,
     PairText,
@@ -49,6 +58,27 @@ def test_every_trained_recipe_sees_the_same_tokens_at_the_same_rates(tmp_path: P
     assert len({run.transfer.learning_rate for run in runs if run.transfer}) == 1
     assert len({run.finetune.learning_rate for run in runs if run.finetune}) == 1
     assert recall_recipe(REFERENCE, tmp_path).transfer is None
+
+
+def test_later_seeds_have_the_windows_that_the_first_one_measured(tmp_path: Path) -> None:
+    run = recall_recipe("equipoise", tmp_path, 40)
+    assert run.hybrid is not None
+    own = {0: {"window": 9, "head_windows": [9, 3], "linear_heads": [0]}}
+    measured = run.hybrid.model_copy(update={"window": 9, "per_layer": own})
+    described = {"equipoise": {"hybrid": measured.model_dump(mode="json")}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    later = _as_measured(run, tmp_path)
+    assert (later.allocation, later.hybrid) == (None, measured)
+    assert later.finetune == run.finetune
+    other = recall_recipe("ssd", tmp_path, 40)
+    assert _as_measured(other, tmp_path) is other
+
+
+def test_what_is_not_the_same_for_every_recipe_is_said(tmp_path: Path) -> None:
+    own = _own_overrides(tmp_path, 40)
+    assert set(own) == {"equipoise"}
+    assert own["equipoise"]["hybrid"] == {"window": BUDGET_WINDOW}
+    assert set(own["equipoise"]) == {"hybrid", "transfer", "finetune"}  # the stages by their steps alone
 
 
 def test_texts_have_their_pairs_twice_and_none_that_is_kept_for_the_questions(texts: PairText) -> None:

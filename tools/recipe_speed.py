@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python tools/recipe_speed.py              # a random Llama of 17 million parameters
 
-Two heads of the last layer have large states; the others have means, and windows of four sizes, with sinks in
-the first half of the layers. Everything that is compared runs by turns; the median of ``--rounds`` counts.
-Prints a line of JSON for each: seconds of a training step (forward and backward, one text), of reading a
-text, and of a token after it; and how many times as long the general path and the donor take.
+The last layer has two large states; the others have means, and windows of a size for every key/value head,
+with sinks in the first half of the layers. Everything that is compared runs by turns; the median of
+``--rounds`` counts. Prints a line of JSON for each: seconds of a training step (forward and backward, one
+text), of reading a text, and of a token after it; and how many times as long the general path and the donor
+take.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.ops import AttentionState, Branches, hybrid_attention, window_attention
+from equipoise.ops import AttentionState, Branches, hybrid_attention, native_step, window_attention
 from equipoise.ops.head_windows import head_windows_attention, window_groups
 from support import normal, padding_mask, segments_of
 
@@ -154,6 +154,40 @@ class TestState:
         assert plain is not None
         with pytest.raises(ValueError, match="fewer sizes"):
             AttentionState.concatenate([state_after(), plain])
+
+
+@pytest.mark.parametrize(("mixing", "update"), [
+    ("convex", "additive"), ("calibrated", "additive"), ("convex", "delta"), ("competing", "delta"),
+])  # fmt: skip
+def test_a_state_that_is_given_away_changes_nothing_else(
+    mixing: str, update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding token by token, the compiled step in place where it was built: outputs, and the last state."""
+    used: list[bool] = []
+    run = native_step.run
+    monkeypatch.setattr(native_step, "run", lambda call: (used.append(True), run(call))[1])
+    q, k, v, *phi = (tensor.float() for tensor in drawn())
+    phi_q, phi_k = phi[0] / 9, phi[1] / 9  # short enough for the delta rule
+    gate = normal(B, H, T, seed=6).float()
+    gate = gate.sigmoid() if mixing == "convex" else gate
+    every = tuple(range(H))
+    found: list[list[Tensor]] = []
+    for reuse in (False, True):
+        outs, state = [], None
+        with torch.no_grad():
+            for start, stop in [(0, 20), *((i, i + 1) for i in range(20, T))]:
+                out, state = head_windows_attention(
+                    *(x[:, :, start:stop].clone() for x in (q, k, v, phi_q, phi_k)), windows=WINDOWS,
+                    heads=every, gate=gate[..., start:stop], mixing=mixing, update=update, sinks=2,
+                    initial_state=state, output_final_state=True, reuse_state=reuse,
+                )  # fmt: skip
+                outs.append(out)
+        assert state is not None
+        if native_step.NATIVE is not None:  # competing reads the state once more after the windows
+            assert bool(used) is (reuse and mixing != "competing")
+        found.append([torch.cat(outs, 2), *(tensor.float() for tensor in state.tensors())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
 
 def test_gradients() -> None:

@@ -82,6 +82,15 @@ def test_steps(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mixing", ["convex", "calibrated"])
+def test_steps_with_sinks(mixing: str, place: tuple[str, torch.dtype]) -> None:
+    """One leaves the window while tokens are decoded, the other one before."""
+    check(
+        place, {"batch": 1, "heads": 2, "kv": 1}, maps=1, as_maps=True, mixing=mixing, window=6, prompt=6,
+        sinks=2,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_blocks(overlap: bool, place: tuple[str, torch.dtype]) -> None:
     """More features, values and tokens than a block holds; a window that is not full at first."""

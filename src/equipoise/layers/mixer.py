@@ -259,15 +259,15 @@ class HybridMixer(nn.Module):
 
         With ``reuse_state`` the tensors of ``state`` may be changed where no gradients are recorded.
         """
+        reuse_state = reuse_state and not torch.is_grad_enabled()
         if mode.kind == "none":
             q, v = inputs.q, inputs.v
             return q.new_zeros(*q.shape[:3], v.shape[-1]), None
         if mode.kind == "swa":
             seen: dict[str, Any] = {
                 "sinks": mode.sinks, "scale": inputs.scale, "softcap": inputs.softcap,
-                "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
+                "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids, "reuse_state": reuse_state,
                 "sink_logits": inputs.sink_logits, "initial_state": state, "output_final_state": keep_state,
-                "reuse_state": reuse_state and not torch.is_grad_enabled(),
             }  # fmt: skip
             if mode.head_windows is not None:
                 return head_windows_attention(
@@ -351,7 +351,7 @@ class HybridMixer(nn.Module):
         phi_k: Tensor | nn.Module | None = None,
         state: AttentionState | None = None,
         keep_state: bool = False,
-        reuse_state: bool = True,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
         """The hybrid itself; features may be handed in where they are at hand already.
 
@@ -364,13 +364,12 @@ class HybridMixer(nn.Module):
         window = config.window if window is None else window
         seen = inputs.before_rotary()
         common: dict[str, Any] = {
-            "gate": self.gate(seen.q), "scale": inputs.scale,
-            "softcap": inputs.softcap, "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
+            "gate": self.gate(seen.q), "scale": inputs.scale, "softcap": inputs.softcap,
+            "key_mask": inputs.key_mask, "segment_ids": inputs.segment_ids,
             "branches": _for_rows(branches, inputs.q.shape[0]), "sinks": config.sinks,
             # of softmax's denominator: linear attention alone has none that it could join
             "sink_logits": None if window is None else inputs.sink_logits,
-            "initial_state": state, "output_final_state": keep_state,
-            "reuse_state": reuse_state and not torch.is_grad_enabled(),
+            "initial_state": state, "output_final_state": keep_state, "reuse_state": reuse_state,
         }  # fmt: skip
         if state is None and not keep_state and window is not None and _window_alone(branches):
             phi_q = phi_k = linear_heads = common["branches"] = None  # nothing else is computed

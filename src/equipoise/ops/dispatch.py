@@ -100,20 +100,10 @@ def _run_stream(call: Call, output_final_state: bool) -> tuple[Tensor, Attention
         out, state = (native_step if native_step.supports(call) else step).run(call)
         return out, state if output_final_state else None
     if call.sinks:
-        return with_sinks.run(call, _stream_parts, output_final_state)
+        return with_sinks.run(call, stream_forward, stream_backward, output_final_state)
     if needs_gradient(call):
         return stream_backward.run(call), None
     return stream_forward.run(call, output_final_state)
-
-
-def _stream_parts(
-    call: Call, totals: bool, keep: bool
-) -> tuple[Tensor, Tensor | None, AttentionState | None]:
-    """A call without sinks, as `equipoise.ops.with_sinks` wants it."""
-    if not needs_gradient(call):
-        return stream_forward.run_with_totals(call, keep, wanted=totals)
-    out, found = stream_backward.run_with_totals(call) if totals else (stream_backward.run(call), None)
-    return out, found, None
 
 
 def run_transfer(phi_q: Tensor, phi_k: Tensor, donor: Donor) -> Tensor:

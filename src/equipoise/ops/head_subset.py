@@ -237,8 +237,7 @@ def _split(
         return window, replace(state, **chosen, sink_keys=sinks[0], sink_values=sinks[1])
     last = slice(-1, None)
     linear = AttentionState(
-        keys=state.keys[:, index, last], values=state.values[:, index, last],
-        valid=state.valid[:, last].clone(),  # the window's may be moved on in place
+        keys=state.keys[:, index, last], values=state.values[:, index, last], valid=state.valid[:, last],
         segments=None if state.segments is None else state.segments[:, last],
         **{name: getattr(state, name) for name in _LINEAR_FIELDS},
     )  # fmt: skip

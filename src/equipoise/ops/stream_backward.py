@@ -33,20 +33,16 @@ from equipoise.ops.types import Call, FeatureMapLike
 
 def run(call: Call) -> Tensor:
     """The output [B, H, T, E], differentiable in q, k, v, the features, the gate and sink logits."""
-    return _run(call, totals=False)[0]
+    return run_with_totals(call, wanted=False)[0]
 
 
-def run_with_totals(call: Call) -> tuple[Tensor, Tensor]:
-    """The same and `stream_forward.run_with_totals`' logarithms, which are differentiable too."""
-    return _run(call, totals=True)
-
-
-def _run(call: Call, *, totals: bool) -> tuple[Tensor, Any]:
+def run_with_totals(call: Call, *, wanted: bool = True) -> tuple[Tensor, Any]:
+    """The same and, where wanted, `stream_forward.run_with_totals`' logarithms, differentiable too."""
     call = replace(call, phi_q=_mapped(call.phi_q, call.q, call), phi_k=_mapped(call.phi_k, call.k, call))
     weights = mixing_weights(Stream(call))
     return _Stream.apply(  # pyright: ignore[reportReturnType]
         call.q, call.k, call.v, call.phi_q, call.phi_k, weights.window, weights.linear, call.sink_logits,
-        call, totals,
+        call, wanted,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +18,46 @@ from torch.utils.checkpoint import checkpoint
 from equipoise.ops.sinks import Sinks
 from equipoise.ops.stream import HIDDEN
 from equipoise.ops.tokens import Tokens, index_tokens, last_slots
-from equipoise.ops.types import AttentionState, Call, accumulation_dtype
+from equipoise.ops.types import AttentionState, Call, accumulation_dtype, needs_gradient
 
-Attend = Callable[[Call, bool, bool], tuple[Tensor, Tensor | None, AttentionState | None]]
-"""A fast path: given a call without sinks, and whether the logarithms of the denominators and the state are
-wanted, it returns the output, those, and that."""
+Attend = Callable[[Call, bool], tuple[Tensor, Tensor | None, AttentionState | None]]
+"""A fast path: given a call without sinks, and whether the logarithms of the denominators are wanted, it
+returns the output, those, and the state where that is."""
 
 
-def run(call: Call, attend: Attend, output_final_state: bool) -> tuple[Tensor, AttentionState | None]:
+def run(
+    call: Call, forward: Any, backward: Any, output_final_state: bool
+) -> tuple[Tensor, AttentionState | None]:
     """The output [B, H, T, E] in q's dtype, and the state after the last token if asked for.
 
-    For a sliding window over keys that linear attention sees too.
+    For a sliding window over keys that linear attention sees too. ``forward`` and ``backward`` are modules of
+    a fast path that have `run_with_totals`, the second for calls that want gradients.
     """
+
+    def attend(part: Call, totals: bool) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+        if needs_gradient(part):
+            return *backward.run_with_totals(part, wanted=totals), None
+        return forward.run_with_totals(part, output_final_state, wanted=totals)
+
     tokens = index_tokens(
         batch=call.q.shape[0], length=call.q.shape[2], device=call.q.device, key_mask=call.key_mask,
         segment_ids=call.segment_ids, state=call.state, sinks=call.sinks, layout=call.layout,
     )  # fmt: skip
     if call.phi_k is None or call.mixing == "calibrated":
-        out, state = _merged(call, tokens, attend, output_final_state)
+        out, state = _merged(call, tokens, attend)
     else:
-        out, state = _convex(call, tokens, attend, output_final_state)
+        out, state = _convex(call, tokens, attend)
     if call.key_mask is not None:
         out = out.masked_fill(~call.key_mask[:, None, :, None], 0)
     return out.to(call.q.dtype), None if state is None else _with_sinks(call, tokens, state)
 
 
-def _convex(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Tensor, AttentionState | None]:
+def _convex(call: Call, tokens: Tokens, attend: Attend) -> tuple[Tensor, AttentionState | None]:
     """Each branch by itself, and their mean."""
-    near, state = _merged(replace(call, phi_q=None, phi_k=None), tokens, attend, keep)
+    near, state = _merged(replace(call, phi_q=None, phi_k=None), tokens, attend)
     before = None if call.state is None else _last_token(call.state)
     linear = replace(call, window=None, sinks=0, sink_logits=None, softcap=None, state=before)
-    far, _, sums = attend(linear, False, keep)
+    far, _, sums = attend(linear, False)
     gate = torch.as_tensor(call.gate, dtype=near.dtype, device=near.device)
     out = torch.lerp(far.to(near.dtype), near, gate.expand(near.shape[:3])[..., None])
     if state is not None and sums is not None:
@@ -58,9 +68,9 @@ def _convex(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Ten
     return out, state
 
 
-def _merged(call: Call, tokens: Tokens, attend: Attend, keep: bool) -> tuple[Tensor, AttentionState | None]:
+def _merged(call: Call, tokens: Tokens, attend: Attend) -> tuple[Tensor, AttentionState | None]:
     """The output of the fast path with what its windows have left behind, in the dtype of sums."""
-    out, total, state = attend(replace(call, sinks=0), True, keep)
+    out, total, state = attend(replace(call, sinks=0), True)
     assert total is not None
     places, seen = _left_behind(call, tokens)
     queries = call.q if call.key_mask is None else _zeroed(call.q, call.key_mask)

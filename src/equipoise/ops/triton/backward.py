@@ -30,22 +30,18 @@ def run(call: Call) -> Tensor:
     Hedgehog maps are computed inside the kernels, both ways, where the configuration says so; the features of
     others are made here.
     """
-    return _run(call, totals=False)[0]
+    return run_with_totals(call, wanted=False)[0]
 
 
-def run_with_totals(call: Call) -> tuple[Tensor, Tensor]:
-    """The same and `forward.run_with_totals`' logarithms, which are differentiable too."""
-    return _run(call, totals=True)
-
-
-def _run(call: Call, *, totals: bool) -> tuple[Tensor, Any]:
+def run_with_totals(call: Call, *, wanted: bool = True) -> tuple[Tensor, Any]:
+    """The same and, where wanted, `forward.run_with_totals`' logarithms, differentiable too."""
     maps = map_weights(call)
     if maps is None:
         maps = _features(call.phi_q, call.q, call), _features(call.phi_k, call.k, call)
         call = replace(call, phi_q=maps[0], phi_k=maps[1])
     weights = mixing_weights(Tracked(call))
     return _Attend.apply(  # pyright: ignore[reportReturnType]
-        call.q, call.k, call.v, *maps, weights.window, weights.linear, call, totals
+        call.q, call.k, call.v, *maps, weights.window, weights.linear, call, wanted
     )
 
 

@@ -11,7 +11,7 @@ from equipoise.ops import step, with_sinks
 from equipoise.ops.stream import unsupported as unsupported_by_stream
 from equipoise.ops.triton import backward, decode, forward, transfer
 from equipoise.ops.triton.interpreting import interpreting, mend
-from equipoise.ops.types import AttentionState, Call, Donor, needs_gradient
+from equipoise.ops.types import AttentionState, Call, Donor
 
 LARGEST = 256
 """Largest head_dim that a program holds at once."""
@@ -65,18 +65,10 @@ def run(call: Call, output_final_state: bool, *, gradient: bool) -> tuple[Tensor
     if call.state is not None:
         call = replace(call, state=call.state.settled())
     if call.sinks:
-        return with_sinks.run(call, _parts, output_final_state)
+        return with_sinks.run(call, forward, backward, output_final_state)
     if gradient:
         return backward.run(call), None
     return forward.run(call, output_final_state)
-
-
-def _parts(call: Call, totals: bool, keep: bool) -> tuple[Tensor, Tensor | None, AttentionState | None]:
-    """A call without sinks, as `equipoise.ops.with_sinks` wants it."""
-    if not needs_gradient(call):
-        return forward.run_with_totals(call, keep, wanted=totals)
-    out, found = backward.run_with_totals(call) if totals else (backward.run(call), None)
-    return out, found, None
 
 
 def run_transfer(phi_q: Tensor, phi_k: Tensor, donor: Donor) -> Tensor:
