@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -170,11 +171,25 @@ def test_longer_texts_and_more_pairs_come_later_in_a_donors_curriculum() -> None
     donors: Any = tool("research_donors")
     for donor in donors.DONORS.values():
         lengths = [part.length for part in donor.curriculum]
-        assert lengths == sorted(lengths)
         assert lengths[-1] == donors.LONGEST
+        assert lengths == sorted(lengths) or donor.curriculum[-len(donors.READING) :] == donors.READING
     grouped = donors.DONORS["docstrings"]
     assert grouped.base.heads == 2 * grouped.kv_heads
     assert grouped.base.hidden_size != donors.DONORS["source"].base.hidden_size
+
+
+@dataclass
+class TextsOfOneShape:
+    length: int = 0
+    shown_once: tuple[int, int] = (0, 0)
+
+
+def test_a_donor_that_reads_on_reads_no_text_twice() -> None:
+    donors: Any = tool("research_donors")
+    for donor in donors.DONORS.values():
+        steps = donors._Batches(TextsOfOneShape(), donor).steps
+        rows = [(part.kind, part.length, first + row) for part, first in steps for row in range(part.rows)]
+        assert len(set(rows)) == len(rows) == sum(part.steps * part.rows for part in donor.curriculum)
 
 
 class TestFigure:

@@ -4,8 +4,9 @@
     python tools/frontier.py run donor --donor source --length 2048     # what it recalls
 
 `source` is the demo's donor, trained on Python's sources, continued; `docstrings` is another: trained on
-scipy's docstrings from the start, wider, with two query heads for each key/value head; `large` has 54M
-parameters, is meant for a GPU, and has not been trained yet. They are made on the spot and cached, like the
+scipy's docstrings from the start, wider, with two query heads for each key/value head. Both still gain from
+reading more, and so does whatever is converted of them; `settled-source` and `settled-docstrings` have read
+on. `large` has 54M parameters, is meant for a GPU, and has not been trained yet. They are made on the spot and cached, like the
 demo's. Texts get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,6 +55,10 @@ CURRICULUM = (
     Part("repeated", 110, 8, 512), Part("pairs", 170, 8, 512), Part("pairs", 80, 4, 1024),
     Part("pairs", 240, 2, 2048),
 )  # fmt: skip
+
+READING = (Part("pairs", 35, 8, 512), Part("pairs", 5, 2, 2048)) * 40
+"""What a donor that has settled has read besides: mostly of 512 tokens, as those of 2,048 take six times as
+long a token; every eighth step of those, so that reach is not forgotten."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ DONORS = {
         learning_rate=4e-3, embedding_learning_rate=2e-3, seed=2,
     ),
 }  # fmt: skip
+DONORS |= {
+    f"settled-{name}": replace(DONORS[name], curriculum=(*DONORS[name].curriculum, *READING))
+    for name in ("source", "docstrings")
+}
 
 
 def docstrings() -> Path:
@@ -150,7 +160,14 @@ class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, texts: PairText, donor: ResearchDonor) -> None:
         self.donor = donor
-        self.steps = [(part, step) for part in donor.curriculum for step in range(part.steps)]
+        self.steps = list[
+            tuple[Part, int]
+        ]()  # and its first row; a kind that comes back goes on where it was
+        drawn = Counter[tuple[str, int]]()
+        for part in donor.curriculum:
+            for _ in range(part.steps):
+                self.steps.append((part, drawn[part.kind, part.length]))
+                drawn[part.kind, part.length] += part.rows
         self.texts = {
             length: replace(texts, length=length, shown_once=(4, 40) if length > 512 else (10, 10))
             for length in {part.length for part in donor.curriculum}
@@ -160,10 +177,10 @@ class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(self.steps)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        part, step = self.steps[index]
+        part, first = self.steps[index]
         texts = self.texts[part.length]
         draw = texts.repeated if part.kind == "repeated" else texts.pairs
-        rows = [draw(step * part.rows + row) for row in range(part.rows)]
+        rows = [draw(first + row) for row in range(part.rows)]
         weights = [loss_weights(row, texts.words, self.donor.answer_weight) for row in rows]
         return {
             "input_ids": torch.from_numpy(np.stack(rows)),
