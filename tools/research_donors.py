@@ -6,8 +6,8 @@
 `source` is the demo's donor, trained on Python's sources, continued; `docstrings` is another: trained on
 scipy's docstrings from the start, wider, with two query heads for each key/value head. Both still gain from
 reading more, and so does whatever is converted of them; `settled-source` and `settled-docstrings` have read
-on. `large` has 54M parameters, is meant for a GPU, and has not been trained yet. They are made on the spot and cached, like the
-demo's. Texts get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
+on. `large` has 54M parameters, is meant for a GPU, and has not been trained yet. They are made on the spot
+and cached, like the demo's. Texts get longer step by step, to 2,048 tokens, and have 4 to 40 pairs.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.donor = donor
         self.steps = list[
             tuple[Part, int]
-        ]()  # and its first row; a kind that comes back goes on where it was
+        ]()  # and its first row: what comes back goes on where it was
         drawn = Counter[tuple[str, int]]()
         for part in donor.curriculum:
             for _ in range(part.steps):
