@@ -160,9 +160,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, texts: PairText, donor: ResearchDonor) -> None:
         self.donor = donor
-        self.steps = list[
-            tuple[Part, int]
-        ]()  # and its first row: what comes back goes on where it was
+        self.steps = list[tuple[Part, int]]()  # and its first row: what comes back goes on where it was
         drawn = Counter[tuple[str, int]]()
         for part in donor.curriculum:
             for _ in range(part.steps):
