@@ -11,11 +11,17 @@ os.environ["MPLBACKEND"] = "Agg"
 # cuBLAS refuses to run in deterministic mode without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import gc
 from collections.abc import Iterator
 
+# What is imported while a module of ours is imported would be compiled anew: the hook below has Python look
+# for its own compiled files. The libraries that take longest come first, therefore.
+import datasets  # noqa: F401
+import peft  # noqa: F401
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from transformers import LlamaForCausalLM, Trainer  # noqa: F401
 
 # Kernels run on CPU in Triton's interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
@@ -27,6 +33,12 @@ install_import_hook("equipoise", "beartype.beartype")
 
 # Tensors in tests are small and the workers already fill the cores.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays: a training run's collections, at its end, would walk a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
