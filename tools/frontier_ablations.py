@@ -113,6 +113,7 @@ ABLATIONS: Mapping[str, Changes] = {
     # what is learned from
     "hidden-states": {"finetune": {"objectives": {**OWN, "hidden-states": 1.0}}},
     "next-token-1": {"finetune": {"objectives": {**OWN, "next-token": 1.0}}},
+    "next-token-9": {"finetune": {"objectives": {**OWN, "next-token": 9.0}}},
     "next-token-3": NO_KEYS_APART,  # as it was called before there was keys-apart
     "no-next-token": objectives("finetune", "distillation", "far-distillation", "far-reads", "keys-apart"),
     "predictions": both(
