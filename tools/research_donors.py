@@ -76,7 +76,7 @@ class ResearchDonor:
     seed: int = 0
 
 
-DONORS = {
+_ONCE = {
     "source": ResearchDonor("stdlib", DonorSettings(), kv_heads=4),
     "docstrings": ResearchDonor(
         "docstrings",
@@ -106,8 +106,8 @@ DONORS = {
         learning_rate=4e-3, embedding_learning_rate=2e-3, seed=2,
     ),
 }  # fmt: skip
-DONORS |= {
-    f"settled-{name}": replace(DONORS[name], curriculum=(*DONORS[name].curriculum, *READING))
+DONORS = _ONCE | {
+    f"settled-{name}": replace(_ONCE[name], curriculum=(*_ONCE[name].curriculum, *READING))
     for name in ("source", "docstrings")
 }
 
