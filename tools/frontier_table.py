@@ -83,7 +83,9 @@ def table(
 
 
 def main(
-    donor: Annotated[str, typer.Option(help="demo, source, docstrings or large.")] = "source",
+    donor: Annotated[
+        str, typer.Option(help="demo, source, docstrings, settled-source, settled-docstrings or large.")
+    ] = "source",
     length: int = 2048,
     tokens: int = 68,
     split: str = "test",
