@@ -57,8 +57,8 @@ CURRICULUM = (
 )  # fmt: skip
 
 READING = (Part("pairs", 35, 8, 512), Part("pairs", 5, 2, 2048)) * 40
-"""What a donor that has settled has read besides: mostly of 512 tokens, as those of 2,048 take six times as
-long a token; every eighth step of those, so that reach is not forgotten."""
+"""What a donor that has settled has read besides: mostly of 512 tokens, as those of 2,048 take longer
+a token; every eighth step of those, so that reach is not forgotten."""
 
 
 @dataclass(frozen=True)

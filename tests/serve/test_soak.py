@@ -24,7 +24,7 @@ import pytest
 from equipoise import HybridConfig, hybridize
 from support import tiny_model, tiny_tokenizer
 
-SECONDS = float(os.environ.get("EQUIPOISE_SOAK_SECONDS", "40"))
+SECONDS = float(os.environ.get("EQUIPOISE_SOAK_SECONDS", "120"))
 """How long the soak lasts; 600 by hand."""
 STREAMS = 64
 SPEED_UP = 8
