@@ -148,18 +148,18 @@ def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: p
     base = replace(tiny.base, steps=2, hidden_size=32, intermediate_size=64, layers=2, heads=2, batch_size=2)
     settings = replace(tiny, base=base)
     place = tmp_path / "recall"
-    for recipes, seeds in ((["ssd"], (0,)), (["equipoise", "ssd"], (0, 1))):
+    for recipes, seeds in ((["ssd"], (0,)), (RECIPES, (0, 1))):
         # the second time over the first, with the donor from the cache
         monkeypatch.setattr("equipoise.recall_demo.RECIPES", recipes)
         groups = run_recall_demo(
             place, seeds=seeds, console=Console(quiet=True), settings=settings, budget=4, texts=3
         )
-    assert [group.name for group in groups] == ["equipoise", "ssd", REFERENCE]
-    assert [len(group.runs) for group in groups] == [2, 2, 1]  # seeds of the default recipe as well
+    assert [group.name for group in groups] == [*RECIPES, REFERENCE]
+    assert [len(group.runs) for group in groups] == [2, 2, 2, 2, 1]  # seeds of the default recipe as well
     assert len(list((tmp_path / "cache" / "donors").glob("recall-*/config.json"))) == 1
     data = json.loads((place / "recall.json").read_text(encoding="utf-8"))
     assert len(data["items"]) == 3 * 10
-    own, reference = (data["groups"][i]["states"] for i in (1, 2))
+    own, reference = (data["groups"][i]["states"] for i in (3, 4))
     assert own["both"]["reach"] == 2 * 15
     # the reference is what the control of ssd is: the same window, the same answers
     assert own["swa_sinks_equal_bytes"]["window"] * 2 - 2 == reference["both"]["reach"]
@@ -168,4 +168,4 @@ def test_the_plumbing_with_a_barely_trained_donor(tmp_path: Path, monkeypatch: p
     }
     page = (place / "recall.html").read_text(encoding="utf-8")
     assert "Which branch answers beyond every reach" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5
