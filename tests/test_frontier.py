@@ -68,7 +68,10 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
         assert run.finetune is not None
         assert (run.transfer.max_steps or 0) + (run.finetune.max_steps or 0) == frontier.STEPS
         assert run.allocation is None  # shared out once, before
-        rates = {"half-rate": 2.5e-4, "twice-rate": 1e-3, "four-times-rate": 2e-3, "eight-times-rate": 4e-3}
+        rates = {
+                "half-rate": 2.5e-4, "twice-rate": 1e-3, "four-times-rate": 2e-3, "eight-times-rate": 4e-3,
+                "sixteen-times-rate": 8e-3,
+            }  # fmt: skip
         assert run.finetune.learning_rate == rates.get(name, 5e-4)
     settings = [
         load_recipe(*frontier.settings_of(name, DEMO)).hybrid
@@ -96,6 +99,7 @@ def test_ablations_can_be_joined(frontier: Any) -> None:
     joined = load_recipe(*frontier.settings_of("as-of-29+lookups+wider", DEMO))
     assert joined.hybrid is not None
     assert joined.finetune is not None
+    assert joined.transfer is not None
     assert joined.hybrid.feature_multiple == 4
     assert joined.finetune.objectives["next-token"] == 1
     allocation = frontier.changes_of("as-of-29+lookups+wider")["allocation"]
@@ -104,6 +108,29 @@ def test_ablations_can_be_joined(frontier: Any) -> None:
     assert joined.finetune.gate_learning_rate is None
     assert "hybrid-output" in joined.transfer.objectives
     assert frontier.changes_of("lookups+lolcats") is None
+
+
+def test_windows_of_ours_are_windows_without_states(frontier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {
+        "0": {
+            "window": 40,
+            "sinks": 1,
+            "head_windows": [40, 8],
+            "feature_map": "constant",
+            "linear_heads": [0],
+        },
+        "1": {"window": 9, "sinks": 0, "linear_heads": [1]},
+    }
+    found = {"window": 40, "per_layer": own}
+    shapes = frontier.windows_alone.__globals__
+    monkeypatch.setitem(shapes, "shared_out", lambda *_, **__: found)
+    config = frontier.windows_alone("own-windows", DEMO, of_old=False)
+    layers = [config.for_layer(i) for i in range(2)]
+    assert [layer.feature_map for layer in layers] == [None, None]
+    assert [(layer.window, layer.head_windows, layer.sinks) for layer in layers] == [
+        (40, (40, 8), 1),
+        (9, None, 0),
+    ]
 
 
 def test_recall_counts_answers_in_a_span(tables: Any) -> None:
@@ -269,7 +296,7 @@ def test_even_windows_leave_states_as_wide_as_they_were(
         1: {"window": 9, "sinks": 0, "feature_map": None},
     }
     found = {"window": 40, "feature_multiple": 1, "per_layer": own}
-    monkeypatch.setattr(frontier, "searched", lambda *_: found)
+    monkeypatch.setitem(frontier.shared_out.__globals__, "searched", lambda *_: found)
     settings = frontier.settings_of("even-windows", DEMO)[1]["hybrid"]
     shared = frontier.shared_out(DEMO, settings, {}, evenly=True)
     assert shared["feature_multiple"] == 1

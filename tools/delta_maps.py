@@ -31,7 +31,7 @@ from equipoise.layers.write_gates import WriteStrength
 from equipoise.models.branches import capture
 from equipoise.models.divergence import divergence, log_probabilities
 from equipoise.ops.delta import delta_attention
-from frontier import SINKS, even
+from frontier_shapes import SINKS, even
 from frontier_texts import Setting, asked, rows_of
 from tables import heading, line, measure_or_print, over_seeds, write
 

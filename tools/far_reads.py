@@ -33,7 +33,7 @@ from equipoise.models.branches import capture
 from equipoise.ops.delta import delta_attention
 from equipoise.recall_donor import PairText
 from equipoise.train.losses import astray
-from frontier import loaded, moved
+from frontier_shapes import loaded, moved
 from frontier_texts import MORE_PAIRS, Setting, asked, rows_of, with_more_pairs
 from tables import heading, line, measure_or_print, over_seeds, write
 

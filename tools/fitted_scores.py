@@ -22,8 +22,8 @@ from equipoise import HybridConfig, hybridize
 from equipoise.layers.interface import mixers_of
 from equipoise.models.branches import mode_of
 from equipoise.train.scores import ROWS, fit_scores
-from frontier import loaded, settings_of, shared_out
 from frontier_ablations import ABLATIONS
+from frontier_shapes import loaded, settings_of, shared_out
 from frontier_texts import Setting, rows_of, scored
 from tables import heading, line, measure_or_print, over_seeds, write
 

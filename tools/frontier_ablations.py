@@ -50,6 +50,7 @@ ADDITIVE = both(
     hybrid(state_update="additive", feature_map="hedgehog-joint", write_gate="per_token"), NO_KEYS_APART
 )
 """Sums, of which a read gets every key's value by products of positive features, never 0: none is apart."""
+AS_WINDOWS = {"distillation": 1.0, "next-token": 3.0}
 OWN = {**NEXT_TOKEN_3, "keys-apart": 1.0}
 """What the recipe's stage 2 learns from."""
 WITH_NEXT_TOKEN = objectives("finetune", "distillation", "far-distillation", "far-reads", "next-token")
@@ -94,6 +95,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "twice-share": {"allocation": {"linear_share": 0.28}},
     "twice-wide": both(hybrid(feature_multiple=8), {"allocation": {"linear_share": 0.28}}),
     "quarter-values": hybrid(value_divisor=4),
+    "quarter-values-half-share": both(hybrid(value_divisor=4), {"allocation": {"linear_share": 0.07}}),
+    "half-wide-half-share": both(hybrid(feature_multiple=2), {"allocation": {"linear_share": 0.07}}),
     "wider": WIDER,
     "state-per-query": hybrid(map_heads="query"),
     # writes, gates, states
@@ -124,6 +127,11 @@ ABLATIONS: Mapping[str, Changes] = {
         objectives("transfer", "output"),
         {"finetune": {"objectives": {"distillation": 1.0, "keys-apart": 1.0, "next-token": 3.0}}},
     ),
+    # what windows alone learn from, and that with one more objective of the recipe's
+    "windows-objectives": {"finetune": {"objectives": AS_WINDOWS}},
+    "windows-objectives-far-reads": {"finetune": {"objectives": {**AS_WINDOWS, "far-reads": 1.0}}},
+    "windows-objectives-keys-apart": {"finetune": {"objectives": {**AS_WINDOWS, "keys-apart": 1.0}}},
+    "no-far-distillation": {"finetune": {"objectives": {**AS_WINDOWS, "far-reads": 1.0, "keys-apart": 1.0}}},
     "fast-gates": FAST_GATES,
     "gates-at-once": FAR_OUTPUT,
     "long-first": {},
@@ -141,6 +149,8 @@ ABLATIONS: Mapping[str, Changes] = {
     "twice-rate": {"finetune": {"learning_rate": 1e-3}},
     "four-times-rate": {"finetune": {"learning_rate": 2e-3}},
     "eight-times-rate": {"finetune": {"learning_rate": 4e-3}},
+    "sixteen-times-rate": {"finetune": {"learning_rate": 8e-3}},
+    "slow-maps": {"finetune": {"map_learning_rate": 1e-3}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
     "as-of-29": AS_OF_29,

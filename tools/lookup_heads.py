@@ -24,8 +24,8 @@ from rich.console import Console
 from equipoise import hybridize, reach
 from equipoise.layers.interface import mixers_of
 from equipoise.models.allocation.measuring import DonorDivergence, windowed_mode
-from frontier import SINKS, even, loaded
 from frontier_report import recall
+from frontier_shapes import SINKS, even, loaded
 from frontier_texts import Setting, rows_of, scored
 from tables import heading, line, measure_or_print, over_seeds, write
 

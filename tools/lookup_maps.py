@@ -31,7 +31,7 @@ from equipoise.layers.mixer import HybridMixer, LayerInputs
 from equipoise.models.branches import capture
 from equipoise.ops.delta import delta_attention
 from equipoise.recall_donor import PairText
-from frontier import even
+from frontier_shapes import even
 from frontier_texts import MORE_PAIRS, Setting, rows_of, with_more_pairs
 from tables import heading, line, measure_or_print, over_seeds, write
 

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from equipoise.models.divergence import divergence
 from equipoise.recall_donor import CONTEXT, PairText
-from frontier import SINKS, moved
+from frontier_shapes import SINKS, moved
 from frontier_texts import SETTLED, TEXTS, Setting, rows_of
 from tables import heading, line, over_seeds, write
 
