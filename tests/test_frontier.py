@@ -70,7 +70,7 @@ def test_ablations_are_recipes_of_the_same_steps(frontier: Any) -> None:
         assert run.allocation is None  # shared out once, before
         rates = {
                 "half-rate": 2.5e-4, "twice-rate": 1e-3, "four-times-rate": 2e-3, "eight-times-rate": 4e-3,
-                "sixteen-times-rate": 8e-3,
+                "sixteen-times-rate": 8e-3, "thirty-two-times-rate": 1.6e-2,
             }  # fmt: skip
         assert run.finetune.learning_rate == rates.get(name, 5e-4)
     settings = [

@@ -150,6 +150,7 @@ ABLATIONS: Mapping[str, Changes] = {
     "four-times-rate": {"finetune": {"learning_rate": 2e-3}},
     "eight-times-rate": {"finetune": {"learning_rate": 4e-3}},
     "sixteen-times-rate": {"finetune": {"learning_rate": 8e-3}},
+    "thirty-two-times-rate": {"finetune": {"learning_rate": 1.6e-2}},
     "slow-maps": {"finetune": {"map_learning_rate": 1e-3}},
     "dropout": {"finetune": {"window_dropout": {"probabilities": [0.5]}}},
     # what it was compared with before; as it was then with `-before` behind the name
