@@ -110,6 +110,11 @@ def test_ablations_can_be_joined(frontier: Any) -> None:
     assert frontier.changes_of("lookups+lolcats") is None
 
 
+def test_ours_can_learn_what_windows_learn(frontier: Any) -> None:
+    ours = frontier.settings_of("windows-objectives", DEMO)[1]["finetune"]
+    assert ours["objectives"] == frontier.tuning_of("next-token-3")["objectives"]
+
+
 def test_windows_of_ours_are_windows_without_states(frontier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {
         "0": {
