@@ -156,7 +156,9 @@ Tokens = Annotated[int, typer.Option(help="Budget: this many tokens of K and V a
 def run(
     name: Annotated[
         str,
-        typer.Argument(help="donor, heavy-hitters, even, moved, moved-heads, even:tuned, …, or a recipe."),
+        typer.Argument(
+            help="donor, heavy-hitters, even, moved, moved-heads, own-windows, even:tuned, …, or a recipe."
+        ),
     ],
     seed: int = 0,
     donor: Donor = "demo",

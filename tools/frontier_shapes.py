@@ -18,7 +18,7 @@ from equipoise.models.allocation.choosing import curve_of, improved, share_windo
 from equipoise.models.allocation.measuring import DonorDivergence
 from equipoise.models.layout import linear_head_bytes
 from equipoise.train.recipes import load_recipe
-from frontier_ablations import BEFORE, FIRST, both, changes_of
+from frontier_ablations import AS_WINDOWS, BEFORE, FIRST, both, changes_of
 from frontier_texts import Setting, rows_of
 
 WINDOWS = Path(__file__).parents[1] / "docs" / "results" / "frontier-windows.json"
@@ -50,7 +50,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TUNING: Mapping[str, Mapping[str, float]] = {
     "tuned": {"distillation": 1.0},
     "next-token": {"distillation": 1.0, "next-token": 1.0},
-    "next-token-3": {"distillation": 1.0, "next-token": 3.0},
+    "next-token-3": AS_WINDOWS,
 }
 """What windows alone learn from, and its weights, by what stands behind the colon of a run's name."""
 
